@@ -1,0 +1,69 @@
+# Everything starts here. `make demo` and `make test` need python3 (3.10 or newer, with venv) and nothing else.
+#
+#   make demo        create .venv, install, run the complete demo on whatever is here (GPU or CPU)
+#   make test        ruff, mypy and every test that needs no GPU
+#   make gpu-test    on a GPU machine: the GPU tests, recorded in reports/gpu-tests.json
+#   make bench       on a GPU machine: the benchmarks, recorded in benchmarks/results/*.json
+#   make gpu-status  does the last GPU report belong to the kernel sources as they are?
+#   make docs        build the documentation into site/
+#   make clean       remove what these commands made
+#
+# The GPU targets install nothing: they run with PYTHON (default: .venv's python when there is one, else python3).
+# REPORT_DIR=dir sends their output elsewhere; COMMIT=hash names the commit where the checkout has no .git.
+
+BASE_PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JOBS ?= 2
+ARGS ?=
+
+.PHONY: demo test lint gpu-test bench gpu-status docs clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+$(BIN)/python:
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(BASE_PYTHON) is older than 3.10; try: make BASE_PYTHON=python3.12 demo"; exit 1; }
+	$(BASE_PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m cute_infer demo
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# pytest comes last: its summary is the last line.
+test: lint
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu" $(ARGS)
+
+gpu-test:
+	$(PYTHON) -m tools.gpu_test $(ARGS)
+
+bench:
+	$(PYTHON) -m benchmarks all $(ARGS)
+
+gpu-status:
+	@$(PYTHON) -m tools.gpu_status
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Attention: the public calls (decode, prefill, cascade), the reference, and the kernels behind them."""

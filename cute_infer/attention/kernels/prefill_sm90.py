@@ -1,0 +1,696 @@
+"""Prefill attention for Hopper: single, ragged and paged, one persistent kernel. Deep dive: docs/kernels/prefill_sm90.md.
+
+    out[i, h] = out_scale * v_scale * sum_j softmax_j(logit[i, j]) v[j]     logit = (q . k) * sm_scale * k_scale, soft-capped, masked
+
+A CTA owns one work item at a time: (request, tile_q query rows, query head) against all keys those rows may see. CTAs live as long as the
+launch and draw items from a queue in device memory, longest first (prefill_sm90_queue.py); lengths are read on the device.
+
+Warp roles (128 * (1 + num_consumer_groups) threads)
+    warp group 0, warp 0   load: draws tickets, turns them into work items, issues every TMA load; the other three warps exit
+    warp groups 1..        mma: 64 query rows each; S = Q K^T and O += P V by wgmma, softmax in registers, O leaves by TMA
+    Registers after setmaxnreg: (24, 240) or, where the producer walks indptr and page tables, (40, 232);
+    24*128 + 2*240*128 = 40*128 + 2*232*128 = 64,512 = 384 threads * 168 at entry.
+
+Pipelines (mbarriers)
+    name         filled by   waited by     bytes per stage          why
+    q_full       load        one group     64 * head_dim_qk * 2     each group waits for its own 64 rows only
+    q_empty      that group  load          -                        after the last Q K^T (after the O store where O is staged in Q's place)
+    k_full       load        all groups    tile_kv * head_dim_qk*2  K and V arrive separately: S starts one copy earlier
+    k_empty      all groups  load          -                        S is complete in registers
+    v_full, v_empty          the same for V; v_empty after O += P V
+    work_full    load        all groups    - (5 words)              the next work item, zero rows = end of the queue
+    work_empty   all groups  load          -                        the words have been read
+
+Named barriers: 1 + g, 128 threads: group g agrees on its O buffer, and on a V tail it has zeroed. Nothing spans two groups after the start.
+
+Order inside a group: Q K^T of tile n is issued before P V of tile n - 1, so the tensor cores work while the softmax of tile n runs; keys go right
+to left, the tiles a mask cuts (end of keys, diagonal, window) have their own loops, and only they pay for masking.
+
+Shared memory (d = 128): Q 2*32 KiB, O 32 KiB, K and V 2 stages * 32 KiB each = 224 of 227 KiB.
+Compute bound: 4 * head_dim FLOP per (query, visible key); exp2 runs at 16 per clock and SM, half the time of the wgmmas at d = 128.
+Source: Shah et al., FlashAttention-3 (arXiv:2407.08608).
+"""
+
+import math
+import typing
+from enum import IntEnum
+from typing import NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.utils import LayoutEnum
+
+from ..device.args import CUTE_DTYPES, fake_args
+from .prefill_sm90_layout import GROUP_ROWS, PrefillLayout
+from .prefill_sm90_queue import Lengths, PrefillQueue
+from .prefill_sm90_softmax import (
+    as_a_operand,
+    cap_scores,
+    convert_pairs,
+    mask_scores,
+    online_softmax,
+    scale_rows,
+)
+
+LOG2_E = math.log2(math.e)
+WARP_GROUP = 128
+FAR = 1 << 30  # a window that reaches this far is no window; keeps position arithmetic inside 32 bits
+
+
+class Role(IntEnum):
+    """Warp group roles; consumer group g is warp group 1 + g."""
+
+    LOAD = 0
+    MMA = 1
+
+
+class Scales(NamedTuple):
+    """Run-time scalars of one call."""
+
+    sm_scale: object
+    out_scale: object
+    soft_cap: object
+    lse_scale: object
+    window_left: object
+
+
+class Memory(NamedTuple):
+    """Global tensors a role touches besides TMA."""
+
+    out: object
+    lse: object
+    kv_indices: object
+    sinks: object
+    k_scale: object
+    v_scale: object
+    status: object
+
+
+class Events(NamedTuple):
+    """Pipelines and mbarriers of a CTA."""
+
+    k: object
+    v: object
+    q_full: object
+    q_empty: object
+    work_full: object
+    work_empty: object
+    work: object  # the words of the next work item
+
+
+class Math(NamedTuple):
+    """What one consumer group computes with: MMAs, operand descriptors and register tensors."""
+
+    qk_first: object  # overwrites S
+    qk: object
+    pv: object
+    frag_q: object
+    frag_k: object
+    frag_v: object
+    acc_s: object
+    acc_o: object
+    p: object
+    frag_p: object
+    row_max: object
+    row_sum: object
+    correction: object
+
+
+class PrefillSm90:
+    """See the module docstring. ``tile`` is a ``tiles_prefill_sm90.PrefillSm90Tile``."""
+
+    def __init__(self, spec, tile):
+        self.spec, self.tile = spec, tile
+        self.dtype = CUTE_DTYPES[spec.q_dtype]
+        self.groups = tile.num_consumer_groups
+        self.stages = tile.num_stages
+        self.q_buffers = tile.num_q_buffers
+        self.o_in_q = tile.num_q_buffers == 1  # O staged in Q's place
+        self.single = spec.kv_layout == "single"
+        self.paged = spec.kv_layout == "paged"
+        self.layout = PrefillLayout(spec, tile, self.dtype)
+        self.queue = PrefillQueue(spec, tile)
+
+    def abi(self) -> tuple:
+        """Fake arguments of ``__call__``."""
+        return fake_args(self.spec, split_kv=False)
+
+    # ================================================================================================ host
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        out: cute.Tensor,
+        lse: typing.Optional[cute.Tensor],
+        qo_indptr: typing.Optional[cute.Tensor],
+        kv_indptr: typing.Optional[cute.Tensor],
+        kv_indices: typing.Optional[cute.Tensor],
+        kv_last_page_len: typing.Optional[cute.Tensor],
+        mask: typing.Optional[cute.Tensor],
+        mask_indptr: typing.Optional[cute.Tensor],
+        sinks: typing.Optional[cute.Tensor],
+        k_scale: typing.Optional[cute.Tensor],
+        v_scale: typing.Optional[cute.Tensor],
+        out_partial: typing.Optional[cute.Tensor],
+        lse_partial: typing.Optional[cute.Tensor],
+        status: cute.Tensor,
+        sm_scale: Float32,
+        out_scale: Float32,
+        soft_cap: Float32,
+        lse_scale: Float32,
+        rope_rcp_scale: Float32,
+        rope_log2_theta: Float32,
+        window_left: Int32,
+        num_splits: Int32,
+        num_ctas: Int32,
+        stream: cuda.CUstream,
+    ):
+        """Layouts, descriptors, launch. Argument meanings: device/args.py."""
+        tile, dtype = self.tile, self.dtype
+        qk = lambda: sm90.make_trivial_tiled_mma(  # noqa: E731
+            dtype, dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (GROUP_ROWS, tile.tile_kv)
+        )
+        pv = sm90.make_trivial_tiled_mma(
+            dtype,
+            dtype,
+            OperandMajorMode.K,
+            OperandMajorMode.MN,
+            Float32,
+            (1, 1, 1),
+            (GROUP_ROWS, self.spec.head_dim_vo),
+            a_source=warpgroup.OperandSource.RMEM,
+        )
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        store = cpasync.CopyBulkTensorTileS2GOp()
+        q_tma, q_coords = self.layout.row_tma(load, q)
+        k_tma, k_coords = self.layout.kv_tma(load, k)
+        v_tma, v_coords = self.layout.kv_tma(load, v)
+        o_tma, o_coords = self.layout.row_tma(store, out)
+        batch = 1 if const_expr(self.single) else qo_indptr.shape[0] - 1
+        # rows of a request fill all its query blocks but one
+        most_items = (q.shape[0] // tile.tile_q + batch) * q.shape[1]
+        grid = cutlass.max(1, cutlass.min(most_items, num_ctas))
+        total_kv = k.shape[1] if const_expr(self.single) else 0
+        self.kernel(
+            qk(),
+            qk(),
+            pv,
+            q_tma,
+            q_coords,
+            k_tma,
+            k_coords,
+            v_tma,
+            v_coords,
+            o_tma,
+            o_coords,
+            Memory(out, lse, kv_indices, sinks, k_scale, v_scale, status),
+            Lengths(qo_indptr, kv_indptr, kv_last_page_len, q.shape[0], total_kv, q.shape[1]),
+            Scales(sm_scale, out_scale, soft_cap, lse_scale, cutlass.min(window_left, FAR)),
+        ).launch(grid=[grid, 1, 1], block=[tile.num_threads, 1, 1], stream=stream, min_blocks_per_mp=1)
+
+    # ================================================================================================ kernel
+
+    @cute.kernel
+    def kernel(
+        self,
+        qk_first: cute.TiledMma,
+        qk: cute.TiledMma,
+        pv: cute.TiledMma,
+        q_tma: cute.CopyAtom,
+        q_coords: cute.Tensor,
+        k_tma: cute.CopyAtom,
+        k_coords: cute.Tensor,
+        v_tma: cute.CopyAtom,
+        v_coords: cute.Tensor,
+        o_tma: cute.CopyAtom,
+        o_coords: cute.Tensor,
+        memory: Memory,
+        lengths: Lengths,
+        scales: Scales,
+    ):
+        """Shared memory, pipelines, dispatch to the roles."""
+        tile, spec, dtype = self.tile, self.spec, self.dtype
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        group = cute.arch.make_warp_uniform(thread // WARP_GROUP)
+        qk_first.set(warpgroup.Field.ACCUMULATE, False)
+        qk.set(warpgroup.Field.ACCUMULATE, True)
+        pv.set(warpgroup.Field.ACCUMULATE, True)
+
+        shared = SmemAllocator()
+        allocate = lambda layout: shared.allocate_tensor(dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)  # noqa: E731
+        num_q = self.layout.q_tiles
+        s_q = allocate(self.layout.tiles(GROUP_ROWS, spec.head_dim_qk, num_q))
+        s_k = allocate(self.layout.tiles(tile.tile_kv, spec.head_dim_qk, self.stages))
+        s_v = allocate(self.layout.tiles(tile.tile_kv, spec.head_dim_vo, self.stages))
+        s_o = s_q if const_expr(self.o_in_q) else allocate(self.layout.tiles(GROUP_ROWS, spec.head_dim_vo, self.groups))
+        k_bars = shared.allocate_array(Int64, 2 * self.stages)
+        v_bars = shared.allocate_array(Int64, 2 * self.stages)
+        q_full = shared.allocate_array(Int64, num_q)
+        q_empty = shared.allocate_array(Int64, num_q)
+        work_bars = shared.allocate_array(Int64, 2)
+        work = shared.allocate_tensor(Int32, cute.make_layout(5), byte_alignment=16)
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(num_q):
+                    cute.arch.mbarrier_init(q_full + i, 1)
+                    cute.arch.mbarrier_init(q_empty + i, 4)  # one arrival per warp of the group
+                cute.arch.mbarrier_init(work_bars, 1)
+                cute.arch.mbarrier_init(work_bars + 1, 4 * self.groups)
+        ring = lambda bars, columns: pipeline.PipelineTmaAsync.create(  # noqa: E731
+            barrier_storage=bars,
+            num_stages=self.stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * self.groups),
+            tx_count=tile.tile_kv * columns * dtype.width // 8,
+            defer_sync=True,
+        )
+        k_ring, v_ring = ring(k_bars, spec.head_dim_qk), ring(v_bars, spec.head_dim_vo)
+        events = Events(k_ring, v_ring, q_full, q_empty, work_bars, work_bars + 1, work)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if group == Role.LOAD:
+            cute.arch.setmaxregister_decrease(tile.producer_regs)
+            if warp == 0:
+                self.load(events, memory, lengths, scales, q_tma, q_coords, s_q, k_tma, k_coords, s_k, v_tma, v_coords, s_v)
+        else:
+            cute.arch.setmaxregister_increase(tile.consumer_regs)
+            self.mma(events, memory, scales, qk_first, qk, pv, o_tma, o_coords, s_q, s_k, s_v, s_o)
+
+    # ================================================================================================ load
+
+    @cute.jit
+    def load(self, events, memory, lengths, scales, q_tma, q_coords, s_q, k_tma, k_coords, s_k, v_tma, v_coords, s_v):
+        """Warp 0: work items in ticket order, their Q, K and V. One warp does both, the ring hides the queue's latency."""
+        spec = self.spec
+        lane = cute.arch.lane_idx()
+        cta, _, _ = cute.arch.block_idx()
+        num_ctas, _, _ = cute.arch.grid_dim()
+        t_q = cute.make_tensor(s_q.iterator, self.layout.row_boxes(spec.head_dim_qk, self.layout.q_tiles).outer)
+        t_k = cute.make_tensor(s_k.iterator, self.layout.kv_boxes(spec.head_dim_qk).outer)
+        t_v = cute.make_tensor(s_v.iterator, self.layout.kv_boxes(spec.head_dim_vo).outer)
+
+        requests_per_section, heads_per_section = self.queue.section_sizes(lengths)
+        cursor = self.queue.start(lengths, requests_per_section)
+        cursor, item = self.queue.find(lengths, cursor, Int32(cta), requests_per_section, heads_per_section)
+        self.publish(events, item, Int32(0))
+        items = Int32(1)  # published so far
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+        while item.num_rows > 0:
+            first, end = self.kv_tiles(item.first_pos, item.num_rows, item.kv_len, scales.window_left)
+            kv_head = item.qo_head // spec.group_size
+            buffer, phase = self.q_place(items - 1)
+            for g in cutlass.range_constexpr(self.groups):
+                at = g * self.q_buffers + buffer
+                cute.arch.mbarrier_wait(events.q_empty + at, phase ^ 1)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(events.q_full + at, GROUP_ROWS * spec.head_dim_qk * self.dtype.width // 8)
+                rows = cute.domain_offset((item.q_row + GROUP_ROWS * g, 0, 0, 0), q_coords)
+                to_s, from_g = self.layout.partition(q_tma, t_q, rows, self.layout.row_box(spec.head_dim_qk))
+                cute.copy(q_tma, from_g[None, (0, 0, 0, item.qo_head)], to_s[None, at], tma_bar_ptr=events.q_full + at)
+            from_k, from_v = self.kv_source(k_coords, item), self.kv_source(v_coords, item)
+            page_ids = self.page_ids(memory, item, k_coords.shape[4], end - 1, first)
+            for i in cutlass.range(end - first, unroll=1):
+                kv_tile = end - 1 - i  # right to left: masked tiles first
+                next_ids = self.page_ids(memory, item, k_coords.shape[4], kv_tile - 1, first)  # one tile ahead of its use
+                events.k.producer_acquire(state)
+                self.load_tile(k_tma, from_k, t_k, state.index, kv_tile, kv_head, page_ids, events.k.producer_get_barrier(state))
+                events.v.producer_acquire(state)
+                self.load_tile(v_tma, from_v, t_v, state.index, kv_tile, kv_head, page_ids, events.v.producer_get_barrier(state))
+                state.advance()
+                page_ids = next_ids
+            # Drawn after the last load, not before: the ring still holds unread tiles, which hides the latency, and a later draw balances better.
+            ticket = Int32(0)
+            if lane == 0:
+                ticket = cute.arch.atomic_add(memory.status.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
+            ticket = cute.arch.shuffle_sync(ticket, 0) + num_ctas
+            cursor, item = self.queue.find(lengths, cursor, ticket, requests_per_section, heads_per_section)
+            self.publish(events, item, items)
+            items = items + 1
+        if lane == 0:
+            # Every CTA drew its last ticket before this count: the last one resets both words for the next launch.
+            if cute.arch.atomic_add(memory.status.iterator + 2, Int32(1), sem="acq_rel", scope="gpu") == num_ctas - 1:
+                memory.status[1] = 0
+                memory.status[2] = 0
+
+    @cute.jit
+    def publish(self, events, item, items: Int32):
+        """Hand a work item to the consumer groups; ``items`` were handed over before."""
+        cute.arch.mbarrier_wait(events.work_empty, (items & 1) ^ 1)
+        if cute.arch.lane_idx() == 0:
+            events.work[0] = item.q_row
+            events.work[1] = item.num_rows
+            events.work[2] = item.first_pos
+            events.work[3] = item.qo_head
+            events.work[4] = item.kv_len
+            cute.arch.mbarrier_arrive(events.work_full)
+
+    @cute.jit
+    def q_place(self, turn: Int32):
+        """(buffer, phase) of the Q of the ``turn``-th work item of this CTA."""
+        buffer, phase = Int32(0), turn & 1
+        if const_expr(self.q_buffers == 2):
+            buffer, phase = turn & 1, (turn >> 1) & 1
+        return buffer, phase
+
+    @cute.jit
+    def kv_tiles(self, first_pos: Int32, num_rows: Int32, kv_len: Int32, window_left: Int32):
+        """[first, end): the key tiles that some row of the work item sees; empty when none is visible."""
+        end, first = kv_len, Int32(0)
+        if const_expr(self.spec.causal):
+            end = cutlass.max(0, cutlass.min(kv_len, first_pos + cutlass.min(num_rows, self.tile.tile_q)))
+        if const_expr(self.spec.window):
+            first = cutlass.max(0, first_pos - window_left) // self.tile.tile_kv
+        return first, cute.ceil_div(end, self.tile.tile_kv)
+
+    def kv_source(self, coords, item):
+        """The request's own view of K or V; pages are found by coordinate instead."""
+        return cute.domain_offset((item.kv_begin, 0, 0, 0, 0), coords) if self.spec.kv_layout == "ragged" else coords
+
+    @cute.jit
+    def page_ids(self, memory, item, num_pages: Int32, kv_tile: Int32, first: Int32):
+        """Lane j: the page of the j-th box of a tile, not before tile ``first``. A missing page becomes ``num_pages``, for which TMA fills zeros."""
+        page = Int32(0)
+        if const_expr(self.paged):
+            lane = cute.arch.lane_idx()
+            entry = kv_tile * self.tile.tile_kv // self.spec.page_size + lane
+            page = num_pages
+            if lane < self.layout.boxes and kv_tile >= first and entry < item.num_pages:
+                position = item.kv_begin + entry
+                page = Int32(-1)
+                if position >= 0 and position < memory.kv_indices.shape[0]:
+                    page = memory.kv_indices[position]
+                if page < 0 or page >= num_pages:
+                    memory.status[0] = 1
+                    page = num_pages
+        return page
+
+    @cute.jit
+    def load_tile(self, tma, coords, shared, stage: Int32, kv_tile: Int32, kv_head: Int32, page_ids: Int32, barrier):
+        """K or V of one key tile: one box, or a box per page and 64 columns."""
+        layout, blocks = self.layout, coords.shape[2]
+        to_s, from_g = layout.partition(tma, shared, coords, layout.kv_box(64 * blocks))
+        if const_expr(layout.boxes == 1):
+            box, page = kv_tile, Int32(0)
+            if const_expr(self.paged):
+                box, page = kv_tile % layout.tiles_per_page, cute.arch.shuffle_sync(page_ids, 0)
+            cute.copy(tma, from_g[None, (box, 0, 0, kv_head, page)], to_s[None, stage], tma_bar_ptr=barrier)
+        else:
+            for j in cutlass.range_constexpr(layout.boxes):
+                page = cute.arch.shuffle_sync(page_ids, j)
+                for block in cutlass.range_constexpr(blocks):
+                    cute.copy(tma, from_g[None, (0, 0, block, kv_head, page)], to_s[None, j, block, stage], tma_bar_ptr=barrier)
+
+    # ================================================================================================ mma
+
+    @cute.jit
+    def mma(self, events, memory, scales, qk_first, qk, pv, o_tma, o_coords, s_q, s_k, s_v, s_o):
+        """A consumer group: 64 rows of each work item."""
+        tile, spec = self.tile, self.spec
+        thread = cute.arch.thread_idx()[0] % WARP_GROUP
+        group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARP_GROUP) - Role.MMA
+        row = thread // 32 * 16 + thread % 32 // 4  # this thread's rows of the group: row and row + 8
+        column = thread % 4 * 2  # and columns: column + {0, 1} + 8j
+
+        qk_slice, pv_slice = qk.get_slice(0), pv.get_slice(0)
+        s_v_t = cute.make_tensor(s_v.iterator, cute.select(s_v.layout, mode=[1, 0, 2]))  # (column, token, stage): B operand of P V
+        acc_s = cute.make_rmem_tensor(qk.partition_shape_C((GROUP_ROWS, tile.tile_kv)), Float32)
+        acc_o = cute.make_rmem_tensor(pv.partition_shape_C((GROUP_ROWS, spec.head_dim_vo)), Float32)
+        p = cute.make_rmem_tensor_like(acc_s, self.dtype)
+        pair = lambda: cute.make_rmem_tensor(2, Float32)  # noqa: E731
+        m = Math(
+            qk_first,
+            qk,
+            pv,
+            qk.make_fragment_A(qk_slice.partition_A(s_q)),
+            qk.make_fragment_B(qk_slice.partition_B(s_k)),
+            pv.make_fragment_B(pv_slice.partition_B(s_v_t)),
+            acc_s,
+            acc_o,
+            p,
+            as_a_operand(p),
+            pair(),
+            pair(),
+            pair(),
+        )
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        q_row, num_rows, first_pos, qo_head, kv_len = self.next_item(events, Int32(0))
+        items = Int32(1)  # taken so far
+        while num_rows > 0:
+            first, end = self.kv_tiles(first_pos, num_rows, kv_len, scales.window_left)
+            group_pos = first_pos + group * GROUP_ROWS  # position of the group's first row
+            pos = group_pos + row
+            head, head_row, head_rows = qo_head, q_row + group * GROUP_ROWS, num_rows - group * GROUP_ROWS
+            scale_log2, pre_scale = self.softmax_scale(memory, scales, qo_head)
+            m.acc_o.fill(0.0)
+            m.row_sum.fill(0.0)
+            for r in cutlass.range_constexpr(2):
+                # Rows past the request's end hold the next request's queries; a maximum of +inf keeps their P at 0 and them out of the vote
+                # that rescales O, so that a request's result does not depend on its neighbours.
+                m.row_max[r] = -Float32.inf
+                if const_expr(not self.single):
+                    m.row_max[r] = -Float32.inf if row + 8 * r < head_rows else Float32.inf
+            buffer, phase = self.q_place(items - 1)
+            q_at = group * self.q_buffers + buffer
+            cute.arch.mbarrier_wait(events.q_full + q_at, phase)
+            if end > first:
+                # ---- first tile: always masked, its P V follows later
+                self.issue_qk(m, events, k_state, q_at)
+                warpgroup.wait_group(0)
+                events.k.consumer_release(k_state)
+                if const_expr(spec.soft_cap):
+                    cap_scores(m.acc_s, pre_scale)
+                self.mask(m, (end - 1) * tile.tile_kv, pos, column, kv_len, scales.window_left)
+                online_softmax(m.acc_s, m.row_max, m.row_sum, m.correction, scale_log2, True)
+                convert_pairs(m.acc_s, m.p)
+                k_state.advance()
+                if const_expr(not self.single):
+                    # a contiguous single K/V ends where TMA clips and fills zeros
+                    if end * tile.tile_kv > kv_len:
+                        self.zero_v_tail(events, s_v, v_state, kv_len - (end - 1) * tile.tile_kv, group, thread)
+                # ---- tiles [whole_first, whole_end) are seen whole by all 64 rows of this group
+                whole_end = end - 1
+                if const_expr(spec.causal):
+                    # the last tile is peeled; of the others only those left of every row's diagonal are whole
+                    seen_by_all = cutlass.max(0, group_pos + 1) // tile.tile_kv
+                    whole_end = cutlass.max(first, cutlass.min(whole_end, seen_by_all))
+                    for i in cutlass.range(end - 1 - whole_end, unroll=1):
+                        start = (end - 2 - i) * tile.tile_kv
+                        self.step(m, events, k_state, v_state, q_at, scales, scale_log2, pre_scale, start, pos, column, kv_len, True)
+                        k_state.advance()
+                        v_state.advance()
+                whole_first = first
+                if const_expr(spec.window):
+                    oldest_of_last_row = cutlass.max(0, group_pos + (GROUP_ROWS - 1) - scales.window_left)
+                    whole_first = cutlass.min(whole_end, cutlass.max(first, cute.ceil_div(oldest_of_last_row, tile.tile_kv)))
+                for _ in cutlass.range(whole_end - whole_first, unroll=1):
+                    self.step(m, events, k_state, v_state, q_at, scales, scale_log2, pre_scale, Int32(0), pos, column, kv_len, False)
+                    k_state.advance()
+                    v_state.advance()
+                if const_expr(spec.window):
+                    for i in cutlass.range(whole_first - first, unroll=1):
+                        start = (whole_first - 1 - i) * tile.tile_kv
+                        self.step(m, events, k_state, v_state, q_at, scales, scale_log2, pre_scale, start, pos, column, kv_len, True)
+                        k_state.advance()
+                        v_state.advance()
+                self.issue_pv(m, events, v_state)
+                self.release_q(events, q_at)
+                q_row, num_rows, first_pos, qo_head, kv_len = self.next_item(events, items)  # under the last P V
+                warpgroup.wait_group(0)
+                events.v.consumer_release(v_state)
+                v_state.advance()
+            else:
+                self.release_q(events, q_at)
+                q_row, num_rows, first_pos, qo_head, kv_len = self.next_item(events, items)
+            items = items + 1
+            self.finish(m, memory, scales, scale_log2, head_row, head_rows, head, row, column)
+            self.store(m, memory, o_tma, o_coords, s_o, head_row, head_rows, head, group, thread)
+            if const_expr(self.o_in_q):
+                if thread // 32 == 0:
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)  # O has left Q's place
+                cute.arch.sync_warp()
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(events.q_empty + q_at)
+        if thread // 32 == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory must outlive the last store
+
+    @cute.jit
+    def release_q(self, events, q_at: Int32):
+        """The last Q K^T of a work item is done. Where O takes Q's place it is released after the store instead."""
+        if const_expr(not self.o_in_q):
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(events.q_empty + q_at)
+
+    @cute.jit
+    def next_item(self, events, items: Int32):
+        """(q_row, num_rows, first_pos, qo_head, kv_len) of the ``items``-th work item."""
+        cute.arch.mbarrier_wait(events.work_full, items & 1)
+        uniform = cute.arch.make_warp_uniform
+        q_row, num_rows, first_pos = uniform(events.work[0]), uniform(events.work[1]), uniform(events.work[2])
+        qo_head, kv_len = uniform(events.work[3]), uniform(events.work[4])
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(events.work_empty)
+        return q_row, num_rows, first_pos, qo_head, kv_len
+
+    @cute.jit
+    def softmax_scale(self, memory, scales, qo_head: Int32):
+        """(factor from scores to base-2 logits, factor inside the tanh of a soft cap)."""
+        logit_scale = scales.sm_scale
+        if const_expr(self.spec.k_scale):
+            logit_scale = logit_scale * memory.k_scale[qo_head // self.spec.group_size]
+        scale_log2, pre_scale = logit_scale * Float32(LOG2_E), Float32(1.0)
+        if const_expr(self.spec.soft_cap):
+            scale_log2, pre_scale = scales.soft_cap * Float32(LOG2_E), logit_scale / scales.soft_cap
+        return scale_log2, pre_scale
+
+    @cute.jit
+    def mask(self, m, start: Int32, pos: Int32, column: Int32, kv_len: Int32, window_left: Int32):
+        """Apply every mask to the scores of the key tile that begins at ``start``."""
+        origin = start + column
+        mask_scores(
+            m.acc_s, kv_len - origin, pos + 1 - origin, pos - window_left - origin, self.spec.causal, self.spec.window
+        )
+
+    @cute.jit
+    def step(
+        self,
+        m,
+        events,
+        k_state,
+        v_state,
+        q_at: Int32,
+        scales,
+        scale_log2: Float32,
+        pre_scale: Float32,
+        start: Int32,
+        pos: Int32,
+        column: Int32,
+        kv_len: Int32,
+        masked: cutlass.Constexpr,
+    ):
+        """One key tile: its Q K^T, then P V of the tile before, and its softmax while that P V runs."""
+        self.issue_qk(m, events, k_state, q_at)
+        self.issue_pv(m, events, v_state)
+        warpgroup.wait_group(1)  # S is complete, P V may still run
+        events.k.consumer_release(k_state)
+        if const_expr(self.spec.soft_cap):
+            cap_scores(m.acc_s, pre_scale)
+        if const_expr(masked):
+            self.mask(m, start, pos, column, kv_len, scales.window_left)
+        grew = online_softmax(m.acc_s, m.row_max, m.row_sum, m.correction, scale_log2, False)
+        warpgroup.wait_group(0)
+        events.v.consumer_release(v_state)
+        convert_pairs(m.acc_s, m.p)
+        if grew:
+            scale_rows(m.acc_o, m.correction)
+
+    @cute.jit
+    def issue_qk(self, m, events, k_state, q_at: Int32):
+        """Start S = Q K^T when k_full says so."""
+        events.k.consumer_wait(k_state, events.k.consumer_try_wait(k_state))
+        warpgroup.fence()
+        for kk in cutlass.range_constexpr(cute.size(m.frag_q, mode=[2])):
+            cute.gemm(
+                m.qk_first if const_expr(kk == 0) else m.qk,
+                m.acc_s,
+                m.frag_q[None, None, kk, q_at],
+                m.frag_k[None, None, kk, k_state.index],
+                m.acc_s,
+            )
+        warpgroup.commit_group()
+
+    @cute.jit
+    def issue_pv(self, m, events, v_state):
+        """Start O += P V when v_full says so."""
+        events.v.consumer_wait(v_state, events.v.consumer_try_wait(v_state))
+        warpgroup.fence()
+        for kk in cutlass.range_constexpr(cute.size(m.frag_p, mode=[2])):
+            cute.gemm(m.pv, m.acc_o, m.frag_p[None, None, kk], m.frag_v[None, None, kk, v_state.index], m.acc_o)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def zero_v_tail(self, events, s_v, v_state, rows: Int32, group: Int32, thread: Int32):
+        """Zero the V rows of a tile from ``rows`` on: they belong to the next request or to nobody, and 0 * NaN is NaN.
+
+        Every group does it for itself; two groups store the same zeros, and none releases the stage before it has read its own.
+        """
+        events.v.consumer_wait(v_state, events.v.consumer_try_wait(v_state))
+        chunks = self.spec.head_dim_vo // 8  # 16-byte chunks of a row
+        zeros = cute.make_rmem_tensor(8, self.dtype)
+        zeros.fill(0.0)
+        for i in cutlass.range(rows * chunks + thread, self.tile.tile_kv * chunks, WARP_GROUP, unroll=1):
+            cute.autovec_copy(zeros, cute.local_tile(s_v[i // chunks, None, v_state.index], (8,), (i % chunks,)))
+        cute.arch.fence_proxy("async.shared", space="cta")  # before wgmma reads what these stores wrote
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARP_GROUP)
+
+    # ------------------------------------------------------------------------------------------------ epilogue
+
+    @cute.jit
+    def finish(self, m, memory, scales, scale_log2: Float32, q_row: Int32, num_rows: Int32, qo_head: Int32, row: Int32, column: Int32):
+        """Divide O by its sum, apply the output scales, write the log-sum-exp."""
+        out_scale = scales.out_scale
+        if const_expr(self.spec.v_scale):
+            out_scale = out_scale * memory.v_scale[qo_head // self.spec.group_size]
+        factor = cute.make_rmem_tensor(2, Float32)
+        for r in cutlass.range_constexpr(2):
+            total = cute.arch.warp_reduction(m.row_sum[r], lambda x, y: x + y, threads_in_group=4)
+            top = m.row_max[r] * scale_log2 if m.row_max[r] != -Float32.inf else -Float32.inf
+            weight = Float32(1.0)
+            if const_expr(self.spec.sinks):
+                # the sink is one more logit without a value; it may become the new maximum
+                sink = memory.sinks[qo_head] * Float32(LOG2_E)
+                joint = cute.arch.fmax(top, sink)
+                reference = joint if joint != -Float32.inf else Float32(0.0)
+                weight = cute.arch.exp2(top - reference)
+                total = total * weight + cute.arch.exp2(sink - reference)
+                top = reference
+            factor[r] = cute.arch.rcp_approx(total) * weight * out_scale if total != Float32(0.0) else Float32(0.0)
+            if const_expr(self.spec.lse):
+                if column == 0 and row + 8 * r < num_rows:
+                    memory.lse[q_row + row + 8 * r, qo_head] = (top + cute.math.log2(total, fastmath=True)) * scales.lse_scale
+        scale_rows(m.acc_o, factor)
+
+    @cute.jit
+    def store(self, m, memory, o_tma, o_coords, s_o, q_row: Int32, num_rows: Int32, qo_head: Int32, group: Int32, thread: Int32):
+        """O to this group's own buffer and out; the other groups are not involved, and the store runs on under the next work item."""
+        head_dim = self.spec.head_dim_vo
+        o_tile = self.layout.o_view(s_o, self.layout.tiles(GROUP_ROWS, head_dim, self.groups))[None, None, group]
+        if thread // 32 == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # this group's previous store has left the buffer
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARP_GROUP)
+        to_shared = cute.make_tiled_copy_C(sm90.sm90_get_smem_store_op(LayoutEnum.ROW_MAJOR, self.dtype, Float32), m.pv).get_slice(thread)
+        rounded = cute.make_rmem_tensor_like(m.acc_o, self.dtype)
+        convert_pairs(m.acc_o, rounded)
+        cute.copy(to_shared, to_shared.retile(rounded), to_shared.partition_D(o_tile))
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARP_GROUP)
+        # TMA clips only at the end of the tensor: the last block of a request must not run into the next one
+        if const_expr(self.single):
+            whole = num_rows > 0
+        else:
+            whole = num_rows >= GROUP_ROWS
+        if whole:
+            if thread // 32 == 0:
+                boxes = self.layout.o_view(s_o, self.layout.row_boxes(head_dim, self.groups))
+                rows = cute.domain_offset((q_row, 0, 0, 0), o_coords)
+                from_s, to_g = self.layout.partition(o_tma, boxes, rows, self.layout.row_box(head_dim))
+                cute.copy(o_tma, from_s[None, group], to_g[None, (0, 0, 0, qo_head)])
+                cute.arch.cp_async_bulk_commit_group()
+        elif const_expr(not self.single):
+            chunks = head_dim // 8  # 16-byte chunks of a row
+            for i in cutlass.range(thread, num_rows * chunks, WARP_GROUP, unroll=1):
+                chunk = cute.make_rmem_tensor(8, self.dtype)
+                cute.autovec_copy(cute.local_tile(o_tile[i // chunks, None], (8,), (i % chunks,)), chunk)
+                cute.autovec_copy(chunk, cute.local_tile(memory.out[Int64(q_row + i // chunks), qo_head, None], (8,), (i % chunks,)))

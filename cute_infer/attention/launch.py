@@ -1,0 +1,190 @@
+"""One call from every public attention function to the code that computes it.
+
+CUDA tensors go to a kernel, CPU tensors to the reference, traced tensors to the torch op (whose CUDA, CPU and Meta implementations are
+these same functions). There is no silent fallback: on CUDA a spec without a kernel raises, and ``backend="reference"`` is a choice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from . import reference
+from .merge import merge_partials
+from .plan import BoundKernel, Workspace
+from .spec import AttentionSpec
+
+_functional: dict[tuple[int, int], Workspace] = {}
+
+
+def run_attention(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    batch_size: int,
+    qo_indptr: torch.Tensor | None = None,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+    kv_last_page_len: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    mask_indptr: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    sm_scale: float,
+    out_scale: float = 1.0,
+    soft_cap: float = 0.0,
+    lse_scale: float = 1.0,
+    rope_scale: float = 1.0,
+    rope_theta: float = 1e4,
+    window_left: int = -1,
+    workspace: Workspace | None = None,
+    backend: str = "auto",
+) -> None:
+    """Write attention of ``q`` over ``k``, ``v`` into ``out`` (and ``lse``).
+
+    Shapes as in ``device/args.py``: q ``[total_q, num_qo_heads, head_dim_qk]``, k and v ``[pages, page_size, num_kv_heads, head_dim]``
+    (ragged and single: one page that holds every token), out ``[total_q, num_qo_heads, head_dim_vo]``, lse ``[total_q, num_qo_heads]``
+    fp32. Everything has been checked by the caller.
+
+    Raises:
+        UnsupportedConfigError: CUDA tensors and no kernel covers ``spec``.
+    """
+    tensors = (q, k, v, out, lse, qo_indptr, kv_indptr, kv_indices, kv_last_page_len, mask, mask_indptr, sinks, k_scale, v_scale)
+    scalars = (sm_scale, out_scale, soft_cap, lse_scale, rope_scale, rope_theta, window_left)
+    if torch.compiler.is_compiling() and backend != "reference":
+        status = workspace.status if workspace is not None else None
+        torch.ops.cute_infer.attention(*tensors, status, spec.to_string(), batch_size, *scalars)
+    elif q.is_cuda and backend != "reference":
+        _launch(spec, batch_size, tensors, scalars, workspace)
+    else:
+        _reference(spec, tensors, scalars)
+
+
+def _launch(spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple, workspace: Workspace | None) -> None:
+    q, k, v, out, lse = tensors[:5]
+    total_q, num_qo_heads = q.shape[0], q.shape[1]
+    if total_q == 0 or num_qo_heads == 0:
+        return  # a grid of zero CTAs is an error
+    sm_scale, out_scale, soft_cap, lse_scale, rope_scale, rope_theta, window_left = scalars
+    if workspace is None:
+        workspace = _functional_workspace(q.device)
+    bound = workspace.bind(spec, batch_size, k.shape[2], total_q)
+    split = bound.choice.tile.split_kv
+    partials = workspace.partials(bound.num_splits, total_q, num_qo_heads, spec.head_dim_vo) if split else (None, None)
+    args = (
+        *tensors,
+        *partials,
+        workspace.status,
+        sm_scale,
+        out_scale,
+        soft_cap,
+        lse_scale,
+        1.0 / rope_scale,
+        math.log2(rope_theta),
+        window_left,
+        bound.num_splits,
+        bound.num_ctas,
+    )
+    try:
+        bound.run(*args)
+    except (ValueError, TypeError):
+        _launch_aligned(bound, args)
+    if split:
+        merge_partials(*partials, out, lse, lse_scale)
+
+
+def _launch_aligned(bound: BoundKernel, args: tuple) -> None:
+    """The kernel refused an argument before launching: rows of q or the cache do not start on 16-byte boundaries. Copy and try once more."""
+    q, k, v, out, *rest = args
+    aligned = [_aligned(t) for t in (q, k, v)]
+    result = out if _is_aligned(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    bound.run(*aligned, result, *rest)
+    if result is not out:
+        out.copy_(result)
+
+
+def _is_aligned(t: torch.Tensor) -> bool:
+    size = t.element_size()
+    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in t.stride()[:-1])
+
+
+def _aligned(t: torch.Tensor) -> torch.Tensor:
+    return t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format)
+
+
+def _functional_workspace(device: torch.device) -> Workspace:
+    """Scratch for calls without a wrapper: one per stream, and a fresh one inside a graph so that replays share nothing with eager calls."""
+    if torch.cuda.is_current_stream_capturing():
+        return Workspace(device)
+    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+    workspace = _functional.get(key)
+    if workspace is None:
+        workspace = _functional[key] = Workspace(device)
+    return workspace
+
+
+def _reference(spec: AttentionSpec, tensors: tuple, scalars: tuple) -> None:
+    q, k, v, out, lse, qo_indptr, kv_indptr, kv_indices, kv_last_page_len, mask, mask_indptr, sinks, k_scale, v_scale = tensors
+    sm_scale, out_scale, soft_cap, lse_scale, rope_scale, rope_theta, window_left = scalars
+    reference.attention(
+        spec,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        qo_indptr=qo_indptr,
+        kv_indptr=kv_indptr,
+        kv_indices=kv_indices,
+        kv_last_page_len=kv_last_page_len,
+        mask=mask,
+        mask_indptr=mask_indptr,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        sm_scale=sm_scale,
+        out_scale=out_scale,
+        soft_cap=soft_cap,
+        lse_scale=lse_scale,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        window_left=window_left,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- torch op
+_lib = torch.library.Library("cute_infer", "FRAGMENT")
+_lib.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor? qo_indptr, Tensor? kv_indptr, Tensor? kv_indices, "
+    "Tensor? kv_last_page_len, Tensor? mask, Tensor? mask_indptr, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor(c!)? status, "
+    "str spec, int batch_size, float sm_scale, float out_scale, float soft_cap, float lse_scale, float rope_scale, float rope_theta, "
+    "int window_left) -> ()"
+)
+
+
+def _op_cuda(*args: Any) -> None:
+    tensors, status, spec, batch_size, scalars = args[:14], args[14], args[15], args[16], args[17:]
+    workspace = Workspace(status.device, status=status) if status is not None else None
+    _launch(AttentionSpec.from_string(spec), batch_size, tensors, scalars, workspace)
+
+
+def _op_cpu(*args: Any) -> None:
+    _reference(AttentionSpec.from_string(args[15]), args[:14], args[17:])
+
+
+def _op_meta(*args: Any) -> None:
+    """Everything is written in place: no shapes to report."""
+
+
+_lib.impl("attention", _op_cuda, "CUDA")
+_lib.impl("attention", _op_cpu, "CPU")
+_lib.impl("attention", _op_meta, "Meta")
+
+__all__ = ["Workspace", "run_attention"]

@@ -1,0 +1,111 @@
+"""Index arrays on their way from the user to a kernel: brought to int32, looked at on the host when that is free or allowed, and moved.
+
+Checking costs at most one device-to-host copy per plan(), however many arrays there are; see :func:`host_view`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..checks import check_page_table, check_tensor
+from ..config import get_config
+from ..errors import ConfigError, PageTableError, fail
+from ..paged.tables import PageTable, from_page_table
+
+_INTS = (torch.int32, torch.int64)
+
+
+def index_array(call: str, name: str, array: torch.Tensor, length: int | None = None, meaning: str = "length") -> torch.Tensor:
+    """``array`` is a 1-D integer tensor; int32 is kept as it is (and may be updated in place later), int64 is converted."""
+    check_tensor(call, name, array, {meaning: length}, dtypes=_INTS)
+    return array.to(torch.int32).contiguous()
+
+
+def page_table(
+    call: str,
+    indptr: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    last_page_len: torch.Tensor | None,
+    block_tables: torch.Tensor | None,
+    seq_lens: torch.Tensor | None,
+    page_size: int,
+) -> tuple[PageTable, int | None]:
+    """The batch's page table from its CSR form or, where that is absent, from ``block_tables`` and ``seq_lens``.
+
+    The second result is the number of pages a request can have: the width of ``block_tables``, None for CSR.
+    """
+    if indptr is not None and indices is not None and last_page_len is not None:
+        pages = index_array(call, "last_page_len", last_page_len, meaning="batch_size")
+        offsets = index_array(call, "indptr", indptr, len(pages) + 1, "batch_size + 1")
+        return PageTable(offsets, index_array(call, "indices", indices), pages), None
+    if block_tables is None or seq_lens is None:
+        fail(
+            ConfigError,
+            f"{call}: no page table",
+            expected="indptr, indices and last_page_len (CSR), or block_tables [batch_size, max_pages] and seq_lens [batch_size]",
+            fix="pass one of the two forms",
+        )
+    return from_page_table(block_tables, page_size=page_size, seq_lens=seq_lens.reshape(-1)), block_tables.shape[1]
+
+
+def check_table(table: PageTable, page_size: int, max_pages: int | None, validate: bool | None) -> tuple[int, int] | None:
+    """Check a page table as far as the host may look at it; the smallest and largest page id in use, if that is known for free."""
+    host = host_view([table.indptr, table.last_page_len], validate)
+    return None if host is None else check_table_on_host(host[0], host[1], table.indices, page_size, max_pages, validate)
+
+
+def check_table_on_host(
+    indptr: torch.Tensor,
+    last_page_len: torch.Tensor,
+    indices: torch.Tensor,
+    page_size: int,
+    max_pages: int | None,
+    validate: bool | None,
+) -> tuple[int, int] | None:
+    """:func:`check_table` of CPU ``indptr`` and ``last_page_len``."""
+    widest = int((indptr[1:] - indptr[:-1]).max()) if len(indptr) > 1 else 0
+    if max_pages is not None and widest > max_pages:
+        fail(
+            PageTableError,
+            f"plan(): a request needs {widest} pages but block_tables has {max_pages} columns",
+            expected=f"seq_lens <= {max_pages} * page_size = {max_pages * page_size}",
+            fix="pass wider block_tables, or check seq_lens and page_size",
+        )
+    check_page_table("plan()", indptr, len(indices), last_page_len, page_size)
+    used = indices[int(indptr[0]) : int(indptr[-1])]
+    if indices.device.type != "cpu" or validate is False or len(used) == 0:
+        return None
+    return int(used.min()), int(used.max())
+
+
+def host_view(arrays: Sequence[torch.Tensor], validate: bool | None) -> list[torch.Tensor] | None:
+    """The int32 ``arrays`` on the CPU, or None when looking at them is not wanted or not possible.
+
+    Arrays on the CPU are free to look at. Those on the GPU are fetched together in one blocking copy, unless ``validate`` is False,
+    ``CUTE_INFER_VALIDATE=0`` (and ``validate`` is not True), or a stream capture or a trace is under way.
+    """
+    remote = [a for a in arrays if a.device.type != "cpu"]
+    if torch.compiler.is_compiling():
+        return None
+    if not remote:
+        return list(arrays)
+    wanted = get_config().validate if validate is None else validate
+    if not wanted or any(not a.is_cuda for a in remote) or torch.cuda.is_current_stream_capturing():
+        return None
+    fetched = iter(torch.cat(remote).cpu().split([len(a) for a in remote]))
+    return [a if a.device.type == "cpu" else next(fetched) for a in arrays]
+
+
+def to_device(arrays: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """``arrays`` on ``device``; index arrays that come from the CPU travel in one copy. Arrays already there are not copied."""
+
+    def travels(a: torch.Tensor) -> bool:
+        return a.device.type == "cpu" and device.type != "cpu" and a.dtype == torch.int32
+
+    together = [a for a in arrays if travels(a)]
+    if len(together) < 2:
+        return [a.to(device, non_blocking=True) for a in arrays]
+    moved = iter(torch.cat(together).to(device, non_blocking=True).split([len(a) for a in together]))
+    return [next(moved) if travels(a) else a.to(device, non_blocking=True) for a in arrays]

@@ -1,0 +1,178 @@
+"""What a user says about an attention call, in the words the kernels use: dtypes, scales, soft cap, window, and the spec they add up to."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from ..checks import LSE_BASES, check_choice, describe, dtype_name
+from ..config import get_config
+from ..errors import ConfigError, DTypeError, ShapeError, UnsupportedConfigError, fail
+from .spec import AttentionSpec
+
+Scale: TypeAlias = "float | torch.Tensor | None"
+
+# Kernels are picked from the configuration alone; peers' backend names are accepted as hints that change nothing.
+BACKENDS = ("auto", "reference", "fa2", "fa3", "cudnn", "trtllm-gen", "cute-dsl", "xqa")
+
+LSE_SCALE = {"log2": 1.0, "ln": math.log(2.0)}
+
+
+class Options(NamedTuple):
+    """The options of plan() that run() reads again on every call; ``None`` means the default."""
+
+    causal: bool = False
+    pos_encoding_mode: str = "NONE"
+    window_left: int = -1
+    logits_soft_cap: float | None = None
+    sm_scale: float | None = None
+    rope_scale: float | None = None
+    rope_theta: float | None = None
+
+
+class Scales(NamedTuple):
+    """Scales as kernels take them: floats folded together, device tensors ``[num_kv_heads]`` apart."""
+
+    sm_scale: float
+    out_scale: float
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+
+
+@functools.lru_cache(maxsize=4096)
+def make_spec(
+    kind: str,
+    kv_layout: str,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    group_size: int,
+    page_size: int,
+    causal: bool,
+    window: bool,
+    soft_cap: bool,
+    pos_encoding: str,
+    custom_mask: bool,
+    sinks: bool,
+    k_scale: bool,
+    v_scale: bool,
+    lse: bool,
+) -> AttentionSpec:
+    """The spec of a call. Equal arguments give the same object, so that later stages may compare specs by identity."""
+    return AttentionSpec(
+        kind=kind,
+        q_dtype=dtype_name(q_dtype),
+        kv_dtype=dtype_name(kv_dtype),
+        o_dtype=dtype_name(o_dtype),
+        head_dim_qk=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+        group_size=group_size,
+        kv_layout=kv_layout,
+        page_size=page_size,
+        causal=causal and kind == "prefill" and not custom_mask,
+        window=window,
+        soft_cap=soft_cap,
+        pos_encoding=pos_encoding,
+        custom_mask=custom_mask,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        lse=lse,
+    )
+
+
+def parse_dtype(call: str, name: str, dtype: torch.dtype | str) -> torch.dtype:
+    """A torch dtype, or its name (``"float16"``, ``"half"``, ``"torch.bfloat16"``)."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        fail(DTypeError, f"{call}: {name} is not a dtype", got=repr(dtype), expected='a torch.dtype or its name, e.g. "float16"')
+    return found
+
+
+def choose_backend(call: str, backend: str) -> str:
+    """``"reference"`` if asked for here or in the environment, otherwise ``backend``, which is one of the accepted names."""
+    check_choice(call, "backend", backend, BACKENDS)
+    return "reference" if get_config().backend == "reference" else backend
+
+
+def lse_scale(call: str, lse_base: str) -> float:
+    """What a base-2 log-sum-exp is multiplied with: 1 for ``"log2"``, ln 2 for ``"ln"``."""
+    check_choice(call, "lse_base", lse_base, LSE_BASES)
+    return LSE_SCALE[lse_base]
+
+
+def resolve_scales(
+    call: str,
+    options: Options,
+    head_dim_qk: int,
+    num_kv_heads: int,
+    num_qo_heads: int,
+    device: torch.device,
+    q_scale: Scale,
+    k_scale: Scale,
+    v_scale: Scale,
+) -> Scales:
+    """Fold float scales of q and k into sm_scale and of v into the output; keep tensors on the device, one value per KV head.
+
+    A tensor is never read on the host. It has one element (expanded without a copy) or ``num_kv_heads``.
+    """
+    sm_scale = options.sm_scale if options.sm_scale is not None else 1.0 / math.sqrt(head_dim_qk)
+    out_scale = 1.0
+    per_head: dict[str, torch.Tensor] = {}
+    for name, scale in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            continue
+        if isinstance(scale, torch.Tensor):
+            per_head[name] = _per_kv_head(call, name, scale, num_kv_heads, num_qo_heads, device)
+        elif name == "v_scale":
+            out_scale *= scale
+        else:
+            sm_scale *= scale
+    k = per_head.get("k_scale")
+    q = per_head.get("q_scale")
+    if q is not None:
+        k = q if k is None else k * q
+    return Scales(sm_scale, out_scale, k, per_head.get("v_scale"))
+
+
+def _per_kv_head(call: str, name: str, scale: torch.Tensor, num_kv_heads: int, num_qo_heads: int, device: torch.device) -> torch.Tensor:
+    flat = scale.reshape(-1).to(device=device, dtype=torch.float32)
+    if len(flat) == num_kv_heads:
+        return flat
+    if len(flat) == 1:
+        return flat.expand(num_kv_heads)
+    if name == "q_scale" and len(flat) == num_qo_heads:
+        fail(
+            UnsupportedConfigError,
+            f"{call}: q_scale has one value per query head",
+            got=describe(name, scale),
+            expected=f"a float, 1 element, or num_kv_heads={num_kv_heads} elements",
+            fix="multiply the scale into q before it is quantised, or use one scale per KV head",
+        )
+    fail(
+        ShapeError,
+        f"{call}: {name} has {len(flat)} elements",
+        got=describe(name, scale),
+        expected=f"a float, 1 element, or num_kv_heads={num_kv_heads} elements",
+        fix="pass one scale per tensor or one per KV head",
+    )
+
+
+def scale_arguments(call: str, positional: tuple, q_scale: Scale, k_scale: Scale, v_scale: Scale) -> tuple[Scale, Scale, Scale]:
+    """FlashInfer's positional ``scale_q, scale_k, scale_v`` after the inputs of run(), or the keywords."""
+    if not positional:
+        return q_scale, k_scale, v_scale
+    if len(positional) != 3 or any(s is not None for s in (q_scale, k_scale, v_scale)):
+        fail(
+            ConfigError,
+            f"{call}: {len(positional)} unexpected positional arguments",
+            got=", ".join(describe("", a).strip() for a in positional),
+            expected="nothing, or scale_q, scale_k, scale_v (and then no q_scale, k_scale, v_scale)",
+            fix="pass attention sinks as sinks=, scales as q_scale=, k_scale=, v_scale=, sm_scale to plan()",
+        )
+    return positional

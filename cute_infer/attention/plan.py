@@ -1,0 +1,111 @@
+"""What a batch needs besides its inputs: the kernel that was picked, how often KV is split, and the scratch memory.
+
+Nothing here reads a length. The kernels compute their share of the work from the live metadata, so the scratch is bounded by the number
+of SMs, never by the batch: KV is split only while (requests x KV heads) is too small to fill the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..jit import Target, get_kernel
+from .spec import AttentionSpec
+from .tiles import Choice, Hints, pick
+
+STATUS_WORDS = 4  # [0] a page id was outside the cache, [1:3] words of a persistent kernel's work queue, [3] unused
+
+
+class BoundKernel(NamedTuple):
+    """A loaded kernel with the launch facts that depend on the batch only."""
+
+    run: Callable[..., Any]
+    choice: Choice
+    num_splits: int
+    num_ctas: int
+
+
+class Workspace:
+    """Scratch of one wrapper: the status words, the split-KV partials and the kernel of the last batch.
+
+    ``buffer`` is the caller's workspace; it is used when it is large enough, otherwise memory comes from torch. Launches that share a
+    workspace must be ordered on one stream, as in FlashInfer.
+    """
+
+    def __init__(self, device: torch.device, buffer: torch.Tensor | None = None, status: torch.Tensor | None = None) -> None:
+        self.device = device
+        self.buffer = buffer
+        self.status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device=device) if status is None else status
+        self._partials: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._bound: BoundKernel | None = None
+        self._bound_spec: AttentionSpec | None = None
+        self._bound_for: tuple[int, int, int] | None = None
+
+    def bind(self, spec: AttentionSpec, batch_size: int, num_kv_heads: int, total_q: int) -> BoundKernel:
+        """:func:`bind`, remembered: hashing a spec costs more than the rest of a launch, so an unchanged batch compares by identity."""
+        shape = (batch_size, num_kv_heads, total_q)
+        if self._bound is None or self._bound_spec is not spec or self._bound_for != shape:
+            self._bound = bind(spec, self.device, *shape)
+            self._bound_spec, self._bound_for = spec, shape
+        return self._bound
+
+    def partials(self, num_splits: int, total_q: int, num_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(out_partial [num_splits, total_q, num_heads, head_dim], lse_partial [num_splits, total_q, num_heads])``, fp32, uninitialised."""
+        shape = (num_splits, total_q, num_heads, head_dim)
+        if self._partials is None or self._partials[0].shape != shape:
+            self._partials = self._allocate(shape)
+        return self._partials
+
+    def _allocate(self, shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        numel = math.prod(shape)
+        rows = numel // shape[-1]
+        needed = 4 * (numel + rows)
+        buffer = self.buffer
+        if buffer is None or buffer.numel() * buffer.element_size() < needed or buffer.data_ptr() % 16:
+            buffer = torch.empty(needed, dtype=torch.uint8, device=self.device)
+        words = buffer.view(torch.uint8)[:needed].view(torch.float32)
+        return words[:numel].view(shape), words[numel:].view(shape[:-1])
+
+
+@functools.lru_cache(maxsize=64)
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=64)
+def target_of(device: torch.device) -> Target:
+    """The compile target of a CUDA device."""
+    return Target.detect(device)
+
+
+def bind(spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int) -> BoundKernel:
+    """Pick, load and size the kernel for a batch; compiles it the first time."""
+    # Only the magnitude of total_q matters for a tile; rounding it up keeps the number of bound kernels small.
+    rounded = 1 << (total_q - 1).bit_length() if total_q > 1 else total_q
+    return _bind(spec, device, batch_size, num_kv_heads, rounded)
+
+
+@functools.lru_cache(maxsize=8192)
+def _bind(spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int) -> BoundKernel:
+    sms = num_sms(device)
+    target = target_of(device)
+    hints = Hints(batch_size, num_kv_heads, sms, total_q)
+    choice = pick(spec, target, hints)
+    kernel = get_kernel(choice.path, spec, choice.tile, target)
+    splits = choice.tile.num_splits(spec, hints) if choice.tile.split_kv else 1
+    return BoundKernel(kernel.fn, choice, splits, sms)
+
+
+def workspace_bytes(spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int) -> int:
+    """Bytes of scratch a batch of this size uses for split-KV partials (at least one alignment unit)."""
+    if device.type != "cuda":
+        return 16
+    bound = bind(spec, device, batch_size, num_kv_heads, total_q)
+    if bound.num_splits == 1:
+        return 16
+    return 4 * bound.num_splits * total_q * num_kv_heads * spec.group_size * (spec.head_dim_vo + 1)

@@ -1,0 +1,725 @@
+"""Prefill (and append) attention: many query tokens per request.
+
+    single_prefill_with_kv_cache                one request, K and V as plain tensors
+    BatchPrefillWithPagedKVCacheWrapper         a ragged batch of queries over a paged cache
+    BatchPrefillWithRaggedKVCacheWrapper        a ragged batch of queries over ragged K and V
+
+Query row i of a request with kv_len keys and qo_len rows stands at position ``kv_len - qo_len + i``: causal is aligned bottom-right.
+Names, argument order and semantics are FlashInfer's. The log-sum-exp is **base 2** unless ``lse_base="ln"``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..checks import check_heads, check_indptr, check_positive, check_tensor, refuse
+from ..errors import ConfigError, ShapeError, fail
+from ..paged.cache import unpack_run_arguments
+from ..paged.tables import get_seq_lens
+from .mask_bits import mask_bit_indptr, pack_mask, packbits
+from .metadata import check_table_on_host, host_view, index_array, page_table
+from .options import Options, Scale, scale_arguments
+from .single import attend
+from .wrapper import BatchAttentionWrapper, Planned, refuse_multi_item_scoring, refuse_peer_options
+
+
+def single_prefill_with_kv_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale_q: torch.Tensor | None = None,
+    scale_k: torch.Tensor | None = None,
+    scale_v: torch.Tensor | None = None,
+    o_dtype: torch.dtype | None = None,
+    custom_mask: torch.Tensor | None = None,
+    packed_custom_mask: torch.Tensor | None = None,
+    causal: bool = False,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_fp16_qk_reduction: bool = False,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    kv_cache_sf: Sequence[torch.Tensor] | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    *,
+    sinks: torch.Tensor | None = None,
+    lse_base: str = "log2",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """All query tokens of one request over its KV.
+
+    Args:
+        q: ``[qo_len, num_qo_heads, head_dim_qk]``. k: ``[kv_len, num_kv_heads, head_dim_qk]``, v: ``[.., head_dim_vo]`` (``"NHD"``), or
+            ``[num_kv_heads, kv_len, ..]`` (``"HND"``).
+        scale_q, scale_k, scale_v: device tensors with 1 or num_kv_heads elements. k_scale, v_scale: the same, or floats.
+        custom_mask: ``[qo_len, kv_len]`` bool, True = keep; overrides ``causal``. packed_custom_mask: the same through
+            ``packbits(mask.flatten(), bitorder="little")``; overrides both.
+        causal: key j is visible to row i iff ``j <= i + kv_len - qo_len``.
+        use_fp16_qk_reduction: accepted, without effect: scores are accumulated in fp32.
+        o_dtype: default q's. The rest as in single_decode_with_kv_cache.
+
+    Returns:
+        ``out`` ``[qo_len, num_qo_heads, head_dim_vo]``; with ``return_lse`` also ``lse`` ``[qo_len, num_qo_heads]`` fp32, base 2. A row
+        that sees no key gives 0 and -inf.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, LayoutError: an argument does not fit. UnsupportedConfigError: no kernel for it.
+    """
+    call = "single_prefill_with_kv_cache()"
+    refuse_peer_options(call, kv_cache_sf=kv_cache_sf)
+    check_tensor(call, "q", q, {"qo_len": None, "num_qo_heads": None, "head_dim": None})
+    mask, mask_indptr = _single_mask(call, q, k, kv_layout, custom_mask, packed_custom_mask)
+    options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+    out, lse = attend(
+        call,
+        "prefill",
+        q,
+        k,
+        v,
+        kv_layout,
+        options,
+        scale_q,
+        _either(call, "scale_k", scale_k, "k_scale", k_scale),
+        _either(call, "scale_v", scale_v, "v_scale", v_scale),
+        o_dtype,
+        mask,
+        mask_indptr,
+        sinks,
+        return_lse,
+        lse_base,
+        backend,
+    )
+    return (out, lse) if lse is not None else out
+
+
+single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)
+
+
+def _either(call: str, name: str, one: Scale, other_name: str, other: Scale) -> Scale:
+    if one is not None and other is not None:
+        fail(ConfigError, f"{call}: {name} and {other_name} are two names of one scale", fix="pass one of them")
+    return one if one is not None else other
+
+
+def _single_mask(
+    call: str, q: torch.Tensor, k: torch.Tensor, kv_layout: str, custom: torch.Tensor | None, packed: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Packed bytes and their offsets ``[0, num_bytes]``, made on the device."""
+    if custom is None and packed is None:
+        return None, None
+    qo_len, kv_len = q.shape[0], k.shape[1 if kv_layout == "HND" else 0]
+    if packed is None:
+        assert custom is not None
+        if custom.numel() != qo_len * kv_len:
+            check_tensor(call, "custom_mask", custom, {"qo_len": qo_len, "kv_len": kv_len})
+        packed = packbits(custom.reshape(-1), bitorder="little")
+    num_bytes = (qo_len * kv_len + 7) // 8
+    check_tensor(call, "packed_custom_mask", packed, {"num_bytes": num_bytes}, dtypes=(torch.uint8,), device=q.device)
+    return packed.contiguous(), torch.arange(2, dtype=torch.int32, device=q.device) * num_bytes
+
+
+class _BatchPrefillWrapper(BatchAttentionWrapper):
+    """What the paged and the ragged prefill wrapper share."""
+
+    def __init__(
+        self,
+        workspace: torch.Tensor | None,
+        workspace_alias: torch.Tensor | None,
+        kv_layout: str,
+        use_cuda_graph: bool,
+        backend: str,
+        buffers: dict[str, torch.Tensor | None],
+        jit_args: Any,
+        jit_kwargs: Any,
+    ) -> None:
+        super().__init__(workspace, workspace_alias, kv_layout, use_cuda_graph, backend, buffers, jit_args, jit_kwargs)
+        self._fixed_batch_size = len(self._qo_indptr_buf) - 1 if use_cuda_graph and self._qo_indptr_buf is not None else 0
+        self._max_total_num_rows: int | None = None
+        self._graph_mask = use_cuda_graph and self._custom_mask_buf is not None and self._mask_indptr_buf is not None
+
+    def _describe(
+        self,
+        kv_layout: str,
+        batch_size: int,
+        heads: tuple[int, int],
+        head_dims: tuple[int, int | None],
+        page_size: int,
+        dtypes: tuple,
+        custom_mask: bool,
+        total_q: int | None,
+        total_kv: int | None = None,
+        page_ids: tuple[int, int] | None = None,
+    ) -> Planned:
+        head_dim_qk, head_dim_vo = head_dims[0], head_dims[1] or head_dims[0]
+        check_positive("plan()", head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo)
+        check_heads("plan()", *heads)
+        return Planned(
+            kind="prefill",
+            kv_layout=kv_layout,
+            batch_size=batch_size,
+            num_qo_heads=heads[0],
+            num_kv_heads=heads[1],
+            head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_vo,
+            page_size=page_size,
+            **dict(zip(("q_dtype", "kv_dtype", "o_dtype"), self._dtypes(*dtypes))),
+            custom_mask=custom_mask or self._graph_mask,
+            total_q=total_q,
+            total_kv=None if self._use_cuda_graph else total_kv,
+            page_ids=None if self._use_cuda_graph else page_ids,
+        )
+
+    def _check_graph_limits(self, batch_size: int, total_q: int | None) -> None:
+        if not self._use_cuda_graph:
+            return
+        if batch_size != self._fixed_batch_size:
+            fail(
+                ShapeError,
+                f"plan(): the batch has {batch_size} requests, the CUDA-graph buffers hold {self._fixed_batch_size}",
+                expected=f"batch_size={self._fixed_batch_size}",
+                fix="pad the batch with empty requests, or make one wrapper per batch size",
+            )
+        if total_q is not None:
+            if self._max_total_num_rows is not None and total_q > self._max_total_num_rows:
+                fail(
+                    ShapeError,
+                    f"plan(): {total_q} query rows exceed the {self._max_total_num_rows} of the first plan()",
+                    expected=f"qo_indptr[-1] <= {self._max_total_num_rows}",
+                    fix="make the first plan() of a CUDA-graph wrapper with the largest batch",
+                )
+            self._max_total_num_rows = self._max_total_num_rows or total_q
+
+    def _override(self, causal: bool, pos_encoding_mode: str, window_left: int, *rest: float | None) -> None:
+        """forward()'s arguments replace the plan's options from this call on, as in FlashInfer."""
+        self._set_options(Options(causal, pos_encoding_mode, window_left, *rest))
+
+
+class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefillWrapper):
+    """Attention of a ragged batch of query tokens over a paged KV cache.
+
+        wrapper = BatchPrefillWithPagedKVCacheWrapper()
+        wrapper.plan(qo_indptr, kv_indptr, kv_indices, kv_last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, causal=True)
+        out = wrapper.run(q, (k_cache, v_cache))            # once per layer
+
+    Args:
+        float_workspace_buffer (alias ``workspace_buffer``): uint8 scratch, of any content; optional.
+        kv_layout: ``"NHD"`` or ``"HND"``.
+        use_cuda_graph: plan() copies into the buffers below, which fix the batch size; the first plan() fixes the number of query rows.
+        qo_indptr_buf, paged_kv_indptr_buf ``[batch_size + 1]``, paged_kv_indices_buf ``[max_pages]``, paged_kv_last_page_len_buf
+            ``[batch_size]``: int32, needed with ``use_cuda_graph``; custom_mask_buf uint8 and mask_indptr_buf int32
+            ``[batch_size + 1]`` too if masks are used, and then every run() uses a mask.
+        backend: hint without effect, except ``"reference"``. jit_args, jit_kwargs: refused (CUDA source).
+    """
+
+    _buffers = {
+        "_qo_indptr_buf": "qo_indptr_buf",
+        "_paged_kv_indptr_buf": "paged_kv_indptr_buf",
+        "_paged_kv_indices_buf": "paged_kv_indices_buf",
+        "_paged_kv_last_page_len_buf": "paged_kv_last_page_len_buf",
+        "_custom_mask_buf": "custom_mask_buf",
+        "_mask_indptr_buf": "mask_indptr_buf",
+    }
+    _required_in_graph = ("_qo_indptr_buf", "_paged_kv_indptr_buf", "_paged_kv_indices_buf", "_paged_kv_last_page_len_buf")
+
+    _paged_kv_indptr_buf: torch.Tensor
+    _paged_kv_indices_buf: torch.Tensor
+    _paged_kv_last_page_len_buf: torch.Tensor
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor | None = None,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: torch.Tensor | None = None,
+        paged_kv_indptr_buf: torch.Tensor | None = None,
+        paged_kv_indices_buf: torch.Tensor | None = None,
+        paged_kv_last_page_len_buf: torch.Tensor | None = None,
+        custom_mask_buf: torch.Tensor | None = None,
+        mask_indptr_buf: torch.Tensor | None = None,
+        backend: str = "auto",
+        jit_args: list | None = None,
+        jit_kwargs: dict | None = None,
+        *,
+        workspace_buffer: torch.Tensor | None = None,
+    ) -> None:
+        buffers = {
+            "_qo_indptr_buf": qo_indptr_buf,
+            "_paged_kv_indptr_buf": paged_kv_indptr_buf,
+            "_paged_kv_indices_buf": paged_kv_indices_buf,
+            "_paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
+            "_custom_mask_buf": custom_mask_buf,
+            "_mask_indptr_buf": mask_indptr_buf,
+        }
+        super().__init__(float_workspace_buffer, workspace_buffer, kv_layout, use_cuda_graph, backend, buffers, jit_args, jit_kwargs)
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor | None,
+        paged_kv_indices: torch.Tensor | None,
+        paged_kv_last_page_len: torch.Tensor | None,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: int | None = None,
+        custom_mask: torch.Tensor | None = None,
+        packed_custom_mask: torch.Tensor | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: torch.dtype | str = "float16",
+        kv_data_type: torch.dtype | str | None = None,
+        o_data_type: torch.dtype | str | None = None,
+        non_blocking: bool = True,
+        prefix_len_ptr: torch.Tensor | None = None,
+        token_pos_in_items_ptr: torch.Tensor | None = None,
+        token_pos_in_items_len: int = 0,
+        max_item_len_ptr: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None,
+        seq_lens_q: torch.Tensor | None = None,
+        block_tables: torch.Tensor | None = None,
+        max_token_per_sequence: int | None = None,
+        max_sequence_kv: int | None = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        *,
+        validate: bool | None = None,
+    ) -> None:
+        """Describe the batch.
+
+        Args:
+            qo_indptr: ``[batch_size + 1]`` int32; request r owns rows ``qo_indptr[r]:qo_indptr[r+1]`` of q.
+            paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len: the page table (CSR) as in the decode wrapper's plan(), or None
+                and ``block_tables`` with ``seq_lens`` instead.
+            custom_mask: bool, True = keep, each request's ``[qo_len, kv_len]`` flattened and concatenated; overrides causal.
+                packed_custom_mask: the same through ``segment_packbits(..., bitorder="little")``; overrides both.
+            validate: as in the decode wrapper's plan().
+            use_fp16_qk_reduction, non_blocking, seq_lens_q, max_token_per_sequence, max_sequence_kv, fixed_split_size,
+                disable_split_kv: accepted, without effect.
+            prefix_len_ptr, token_pos_in_items_ptr, max_item_len_ptr: refused (multi-item scoring).
+
+        Raises:
+            PageTableError, ShapeError, DTypeError, LayoutError: the metadata contradicts itself or an argument does not fit.
+        """
+        refuse_multi_item_scoring(
+            prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, max_item_len_ptr=max_item_len_ptr
+        )
+        check_positive("plan()", page_size=page_size)
+        table, max_pages = page_table(
+            "plan()", paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, block_tables, seq_lens, page_size
+        )
+        batch_size = len(table.last_page_len)
+        qo_indptr = index_array("plan()", "qo_indptr", qo_indptr, batch_size + 1, "batch_size + 1")
+        host = host_view([qo_indptr, table.indptr, table.last_page_len], validate)
+        total_q = page_ids = None
+        if host is not None:
+            check_indptr("plan()", "qo_indptr", host[0], zero_based=True)
+            page_ids = check_table_on_host(host[1], host[2], table.indices, page_size, max_pages, validate)
+            total_q = int(host[0][-1])
+        self._check_graph_limits(batch_size, total_q)
+        planned = self._describe(
+            "paged",
+            batch_size,
+            (num_qo_heads, num_kv_heads),
+            (head_dim_qk, head_dim_vo),
+            page_size,
+            (q_data_type, kv_data_type, o_data_type),
+            custom_mask is not None or packed_custom_mask is not None,
+            total_q,
+            page_ids=page_ids,
+        )
+        arrays = {
+            "_qo_indptr_buf": qo_indptr,
+            "_paged_kv_indptr_buf": table.indptr,
+            "_paged_kv_indices_buf": table.indices,
+            "_paged_kv_last_page_len_buf": table.last_page_len,
+        }
+        if custom_mask is not None or packed_custom_mask is not None:
+            known = host or [qo_indptr, table.indptr, table.last_page_len]
+            kv_len = get_seq_lens(known[1], known[2].to(known[1].device), page_size)
+            arrays |= _mask_arrays(known[0], kv_len, custom_mask, packed_custom_mask, host is not None)
+        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        self._finish_plan(planned, options, arrays)
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        *args: torch.Tensor,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: torch.Tensor | None = None,
+        kv_cache_sf: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        skip_softmax_threshold_scale_factor: float | None = None,
+        use_fp16_softmax: bool | None = None,
+        uses_spcompress: bool | None = None,
+        lse_base: str = "log2",
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the planned batch.
+
+        Args:
+            q: ``[qo_indptr[-1], num_qo_heads, head_dim_qk]``; in CUDA-graph mode it may be longer, rows beyond are not computed.
+            The rest as in the decode wrapper's run().
+
+        Returns:
+            ``out`` ``[qo_indptr[-1], num_qo_heads, head_dim_vo]``; with ``return_lse`` also ``lse`` ``[qo_indptr[-1], num_qo_heads]``
+            fp32, base 2 (``lse_base="ln"``: natural). A row that sees no key gives 0 and -inf.
+        """
+        refuse_peer_options(
+            "run()",
+            kv_cache_sf=kv_cache_sf,
+            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
+            use_fp16_softmax=use_fp16_softmax,
+            uses_spcompress=uses_spcompress,
+        )
+        k, v, args = unpack_run_arguments("run()", paged_kv_cache, args, self._kv_layout)
+        options = self._get_options()
+        if window_left is not None:
+            options = options._replace(window_left=window_left)
+        scales = scale_arguments("run()", args, q_scale, k_scale, v_scale)
+        return self._execute(q, k, v, options, *scales, out, lse, return_lse, sinks, lse_base)
+
+    def run_return_lse(
+        self, q: torch.Tensor, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], *args: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`run` with ``return_lse=True``."""
+        return self.run(q, paged_kv_cache, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> torch.Tensor:
+        """run() with the plan's options replaced by these (their defaults included), from this call on."""
+        self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale)  # type: ignore[return-value]
+
+    def forward_return_lse(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`forward`, with the log-sum-exp (base 2)."""
+        self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        return self.run_return_lse(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale)
+
+    def workspace_size(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: int | None = None,
+        custom_mask: torch.Tensor | None = None,
+        packed_custom_mask: torch.Tensor | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: torch.dtype | str = "float16",
+        kv_data_type: torch.dtype | str | None = None,
+        o_data_type: torch.dtype | str | None = None,
+        prefix_len_ptr: torch.Tensor | None = None,
+        token_pos_in_items_ptr: torch.Tensor | None = None,
+        token_pos_in_items_len: int = 0,
+        max_item_len_ptr: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None,
+        seq_lens_q: torch.Tensor | None = None,
+        block_tables: torch.Tensor | None = None,
+        max_token_per_sequence: int | None = None,
+        max_sequence_kv: int | None = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+    ) -> tuple[int, int]:
+        """``(float bytes, int bytes)`` of workspace a batch of this many query rows needs. Arguments as in :meth:`plan`."""
+        planned = self._describe(
+            "paged",
+            len(qo_indptr) - 1,
+            (num_qo_heads, num_kv_heads),
+            (head_dim_qk, head_dim_vo),
+            page_size,
+            (q_data_type, kv_data_type, o_data_type),
+            custom_mask is not None or packed_custom_mask is not None,
+            int(qo_indptr[-1]),
+        )
+        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        return self._workspace_bytes(planned, options)
+
+    def _kv_metadata(self) -> dict[str, torch.Tensor]:
+        return {
+            "kv_indptr": self._paged_kv_indptr_buf,
+            "kv_indices": self._paged_kv_indices_buf,
+            "kv_last_page_len": self._paged_kv_last_page_len_buf,
+        }
+
+
+class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefillWrapper):
+    """Attention of a ragged batch of query tokens over K and V that are ragged too: request r owns rows ``kv_indptr[r]:kv_indptr[r+1]``.
+
+    Constructor arguments as in :class:`BatchPrefillWithPagedKVCacheWrapper`, without the page table.
+    """
+
+    _buffers = {
+        "_qo_indptr_buf": "qo_indptr_buf",
+        "_kv_indptr_buf": "kv_indptr_buf",
+        "_custom_mask_buf": "custom_mask_buf",
+        "_mask_indptr_buf": "mask_indptr_buf",
+    }
+    _required_in_graph = ("_qo_indptr_buf", "_kv_indptr_buf")
+
+    _kv_indptr_buf: torch.Tensor
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor | None = None,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: torch.Tensor | None = None,
+        kv_indptr_buf: torch.Tensor | None = None,
+        custom_mask_buf: torch.Tensor | None = None,
+        mask_indptr_buf: torch.Tensor | None = None,
+        backend: str = "auto",
+        jit_args: list | None = None,
+        jit_kwargs: dict | None = None,
+        *,
+        workspace_buffer: torch.Tensor | None = None,
+    ) -> None:
+        buffers = {
+            "_qo_indptr_buf": qo_indptr_buf,
+            "_kv_indptr_buf": kv_indptr_buf,
+            "_custom_mask_buf": custom_mask_buf,
+            "_mask_indptr_buf": mask_indptr_buf,
+        }
+        super().__init__(float_workspace_buffer, workspace_buffer, kv_layout, use_cuda_graph, backend, buffers, jit_args, jit_kwargs)
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: int | None = None,
+        custom_mask: torch.Tensor | None = None,
+        packed_custom_mask: torch.Tensor | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: torch.dtype | str = "float16",
+        kv_data_type: torch.dtype | str | None = None,
+        o_data_type: torch.dtype | str | None = None,
+        non_blocking: bool = True,
+        prefix_len_ptr: torch.Tensor | None = None,
+        token_pos_in_items_ptr: torch.Tensor | None = None,
+        token_pos_in_items_len: int = 0,
+        max_item_len_ptr: torch.Tensor | None = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        seq_lens: torch.Tensor | None = None,
+        seq_lens_q: torch.Tensor | None = None,
+        max_token_per_sequence: int | None = None,
+        max_sequence_kv: int | None = None,
+        v_indptr: torch.Tensor | None = None,
+        o_indptr: torch.Tensor | None = None,
+        *,
+        validate: bool | None = None,
+    ) -> None:
+        """Describe the batch. ``kv_indptr`` ``[batch_size + 1]`` int32 counts tokens of k and v; the rest as in the paged wrapper's plan().
+
+        Note that window_left, logits_soft_cap and sm_scale stand in another order than there, as in FlashInfer. ``v_indptr`` and
+        ``o_indptr`` are refused: v and out are laid out as k and q.
+        """
+        refuse_multi_item_scoring(
+            prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, max_item_len_ptr=max_item_len_ptr
+        )
+        refuse("plan()", "lay v out as k and out as q", v_indptr=v_indptr, o_indptr=o_indptr)
+        qo_indptr = index_array("plan()", "qo_indptr", qo_indptr, meaning="batch_size + 1")
+        batch_size = len(qo_indptr) - 1
+        kv_indptr = index_array("plan()", "kv_indptr", kv_indptr, batch_size + 1, "batch_size + 1")
+        host = host_view([qo_indptr, kv_indptr], validate)
+        if host is not None:
+            check_indptr("plan()", "qo_indptr", host[0], zero_based=True)
+            check_indptr("plan()", "kv_indptr", host[1])
+        total_q = int(host[0][-1]) if host is not None else None
+        self._check_graph_limits(batch_size, total_q)
+        planned = self._describe(
+            "ragged",
+            batch_size,
+            (num_qo_heads, num_kv_heads),
+            (head_dim_qk, head_dim_vo),
+            0,
+            (q_data_type, kv_data_type, o_data_type),
+            custom_mask is not None or packed_custom_mask is not None,
+            total_q,
+            total_kv=int(host[1][-1]) if host is not None else None,
+        )
+        arrays = {"_qo_indptr_buf": qo_indptr, "_kv_indptr_buf": kv_indptr}
+        if custom_mask is not None or packed_custom_mask is not None:
+            known = host or [qo_indptr, kv_indptr]
+            arrays |= _mask_arrays(known[0], known[1][1:] - known[1][:-1], custom_mask, packed_custom_mask, host is not None)
+        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        self._finish_plan(planned, options, arrays)
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *args: torch.Tensor,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
+        o_scale: float | None = None,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        enable_pdl: bool | None = None,
+        kv_cache_sf: Sequence[torch.Tensor] | None = None,
+        window_left: int | None = None,
+        sinks: torch.Tensor | None = None,
+        lse_base: str = "log2",
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the planned batch.
+
+        Args:
+            q: ``[qo_indptr[-1], num_qo_heads, head_dim_qk]``. k, v: ``[kv_indptr[-1], num_kv_heads, head_dim]`` (``"NHD"``) or
+                ``[num_kv_heads, kv_indptr[-1], head_dim]`` (``"HND"``). The rest as in the paged wrapper's run().
+            o_scale: refused unless None or 1 (it quantises the output of another library's kernels).
+
+        Returns:
+            ``out`` ``[qo_indptr[-1], num_qo_heads, head_dim_vo]``; with ``return_lse`` also ``lse`` fp32, base 2 (``"ln"``: natural).
+        """
+        refuse_peer_options("run()", kv_cache_sf=kv_cache_sf, o_scale=None if o_scale == 1.0 else o_scale)
+        for name, x in (("k", k), ("v", v)):
+            check_tensor("run()", name, x, {"num_tokens": None, "num_kv_heads": None, "head_dim": None})
+        if self._kv_layout == "HND":
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+        options = self._get_options()
+        if window_left is not None:
+            options = options._replace(window_left=window_left)
+        scales = scale_arguments("run()", args, q_scale, k_scale, v_scale)
+        return self._execute(q, k.unsqueeze(0), v.unsqueeze(0), options, *scales, out, lse, return_lse, sinks, lse_base)
+
+    def run_return_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`run` with ``return_lse=True``."""
+        return self.run(q, k, v, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> torch.Tensor:
+        """run() with the plan's options replaced by these (their defaults included), from this call on."""
+        self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        return self.run(q, k, v)  # type: ignore[return-value]
+
+    def forward_return_lse(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`forward`, with the log-sum-exp (base 2)."""
+        self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        return self.run_return_lse(q, k, v)
+
+    def _kv_metadata(self) -> dict[str, torch.Tensor]:
+        return {"kv_indptr": self._kv_indptr_buf}
+
+
+BatchPrefillWrapper = BatchPrefillWithPagedKVCacheWrapper
+
+
+def _mask_arrays(
+    qo_indptr: torch.Tensor, kv_len: torch.Tensor, custom: torch.Tensor | None, packed: torch.Tensor | None, on_host: bool
+) -> dict[str, torch.Tensor]:
+    """A batch's mask as the buffers hold it. ``on_host``: the lengths are on the CPU, so the mask's size can be checked."""
+    bit_indptr = mask_bit_indptr((qo_indptr[1:] - qo_indptr[:-1]).to(kv_len.device), kv_len)
+    mask, mask_indptr = pack_mask("plan()", custom, packed, bit_indptr, int(bit_indptr[-1]) if on_host else None)
+    return {"_custom_mask_buf": mask, "_mask_indptr_buf": mask_indptr}
+
+
+__all__ = [
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "BatchPrefillWrapper",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
+]

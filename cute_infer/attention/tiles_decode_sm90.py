@@ -1,0 +1,218 @@
+"""Tiles of the Hopper decode kernel: what it refuses, the shapes it is built for, and which one a batch gets.
+
+Host-only: importing this never imports the compiler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from .spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from ..jit import Target
+    from .tiles import Hints
+
+PATH = "cute_infer.attention.kernels.decode_sm90:DecodeSm90"
+
+COLUMNS = 8  # query heads are the N side of mma.m16n8k16
+MAX_GROUP_SIZE = 64
+SHARED_MEMORY_PER_SM = 228 * 1024  # 1 KiB of it per CTA is the system's
+SHARED_MEMORY_PER_CTA = 227 * 1024
+
+
+class Rows(NamedTuple):
+    """How the tokens of K or V lie in shared memory.
+
+    A row of ``bytes`` is cut into ``panels`` of ``panel_bytes``, the widest swizzle span (128, 64 or 32 bytes) that divides it; a box of
+    tokens is stored panel after panel, each panel 8 tokens x panel_bytes to a swizzle atom.
+    """
+
+    head_dim: int
+    bytes: int
+    panel_bytes: int
+    panels: int
+
+
+def rows_of(head_dim: int, bits: int) -> Rows:
+    """The :class:`Rows` of a head dimension. Rows must be a multiple of 32 bytes, what one ldmatrix.x4 takes from 16 tokens."""
+    row_bytes = head_dim * bits // 8
+    panel_bytes = next(span for span in (128, 64, 32) if row_bytes % span == 0)
+    return Rows(head_dim, row_bytes, panel_bytes, row_bytes // panel_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSm90Tile:
+    """The pieces of one launch.
+
+    cluster         CTAs that share one item (a request and ``heads_per_item`` KV heads), 1..16; their partial results meet in distributed
+                    shared memory.
+    warps           warps of a CTA; each owns a ring of its own and loads for itself.
+    stages          slots of a warp's ring.
+    tokens          tokens of a slot: a multiple of 16 that divides the page or is divided by it.
+    head_tiles      tiles of 8 query heads that one CTA works on; larger groups take several CTAs, which meet the same KV in L2.
+    heads_per_item  neighbouring KV heads one CTA fetches together, so that the short rows of a token that lie side by side in an NHD cache are
+                    read from DRAM at about the same time.
+    ctas_per_sm     what the registers are budgeted for.
+    pdl             start while the previous kernel drains; everything it may have written is read after the dependency resolves.
+    early_metadata  with pdl, read page tables and lengths before the dependency resolves: only right when the caller knows that the kernel
+                    just before this one does not write them.
+    evict_first     KV leaves L2 first; wrong when another CTA will read the same KV.
+    split_kv        several clusters share one item and leave fp32 partials for the merge kernel.
+    """
+
+    cluster: int
+    warps: int
+    stages: int
+    tokens: int
+    head_tiles: int = 1
+    heads_per_item: int = 1
+    ctas_per_sm: int = 1
+    pdl: bool = True
+    early_metadata: bool = False
+    evict_first: bool = False
+    split_kv: bool = False
+
+    def num_splits(self, spec: AttentionSpec, hints: Hints) -> int:
+        """Clusters that share an item: as many as it takes to give every SM one CTA, at most 16 so that the merge stays short."""
+        if not self.split_kv:
+            return 1
+        ctas = hints.batch_size * -(-hints.num_kv_heads // self.heads_per_item) * head_blocks(spec, self) * self.cluster
+        return max(1, min(16, hints.num_sms // max(1, ctas)))
+
+
+def head_blocks(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
+    """CTAs among which the query heads of a group are dealt."""
+    return -(-spec.group_size // (COLUMNS * tile.head_tiles))
+
+
+def heads_per_block(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
+    """Query heads of a group that one CTA works on: the group cut into equal shares (12 heads in tiles of 8 are 6 + 6)."""
+    return -(-spec.group_size // head_blocks(spec, tile))
+
+
+def slot_bytes(spec: AttentionSpec, tile: DecodeSm90Tile) -> tuple[int, int]:
+    """Bytes of a K slot and of a V slot, rounded up to the 1024 bytes after which every swizzle repeats."""
+    return tuple(_round_up(tile.tokens * dim * spec.kv_bits // 8, 1024) for dim in (spec.head_dim_qk, spec.head_dim_vo))
+
+
+def warp_region_bytes(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
+    """Shared memory of one warp: its ring, later reused for its fp32 partial output [heads, head_dim + 4]."""
+    partial = heads_per_block(spec, tile) * (spec.head_dim_vo + 4) * 4
+    return max(tile.stages * sum(slot_bytes(spec, tile)), _round_up(partial, 1024))
+
+
+def slice_elements(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
+    """Output elements of an item that one CTA of the cluster finishes; even, because they travel in pairs."""
+    return 2 * -(-heads_per_block(spec, tile) * tile.heads_per_item * spec.head_dim_vo // (2 * tile.cluster))
+
+
+def smem_bytes(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
+    """Shared memory of one CTA, as the kernel allocates it."""
+    heads = heads_per_block(spec, tile)
+    rows = heads * tile.heads_per_item
+    total = tile.warps * warp_region_bytes(spec, tile)
+    total += 16 * -(-8 * heads * tile.warps // 16)  # running maximum and sum of every warp
+    total += 16 * -(-8 * rows // 16)  # sink and output factor of every row
+    if tile.cluster > 1:
+        total += 4 * slice_elements(spec, tile) * tile.cluster  # slices pushed by the peers
+        total += 8 * rows * tile.cluster  # their maxima and sums
+    return total + 8 * tile.warps * tile.stages  # mbarriers
+
+
+def why_not(spec: AttentionSpec, target: Target) -> str | None:
+    """The first reason this kernel cannot do ``spec`` on ``target``, or None."""
+    if not target.is_hopper:
+        return f"needs TMA and clusters (sm_90a), not {target.arch}"
+    if spec.kind != "decode":
+        return f"kind={spec.kind} is not decode"
+    if spec.q_dtype not in ("float16", "bfloat16"):
+        return f"q={spec.q_dtype} is neither float16 nor bfloat16"
+    if spec.kv_bits == 16 and spec.kv_dtype != spec.q_dtype:
+        return f"kv={spec.kv_dtype} differs from q={spec.q_dtype}"
+    if spec.kv_bits == 32:
+        return "kv=float32 has no tensor-core path"
+    for dim in (spec.head_dim_qk, spec.head_dim_vo):
+        if dim > 256 or dim * spec.kv_bits // 8 % 32 or dim * spec.kv_bits // 8 < 64:
+            return f"head_dim={dim} with {spec.kv_dtype} is not 64 to 256 elements in rows of a multiple of 32 bytes"
+    if spec.group_size > MAX_GROUP_SIZE:
+        return f"group_size={spec.group_size} exceeds {MAX_GROUP_SIZE}: KV would be read once per 16 query heads"
+    if spec.kv_layout == "paged" and _tokens(spec) == 0:
+        return f"page_size={spec.page_size} is neither 8 nor a multiple of 16: a TMA box would hold a fraction of a slot"
+    if spec.pos_encoding == "ROPE_LLAMA":
+        return "ROPE_LLAMA rotates K in registers, which the swizzled ring does not allow"
+    if spec.custom_mask:
+        return "custom masks belong to prefill"
+    return None
+
+
+def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
+    """The tile for a batch whose lengths are unknown.
+
+    The grid has cluster x items CTAs. While the items do not fill the device once, the cluster makes up for it; a device filled several times over
+    balances mixed lengths by itself; in between a cluster of 4 keeps the last wave short.
+    Measured on one H200, 2026-11-22, prototype of this kernel, 32/8 heads, head_dim 128, page 16 (docs/kernels/decode_sm90.md).
+    """
+    items = max(1, hints.batch_size * hints.num_kv_heads * head_blocks(spec, _tile(spec, 1, 4)))
+    if items <= 4 and hints.num_sms > 8 * items:  # a tensor-parallel shard of a small batch: one cluster per item cannot draw the bandwidth
+        return _tile(spec, 8, 4, split_kv=True)
+    if items <= hints.num_sms // 8:  # bf16 1 x 2048: 5.2 us, 1 x 8192: 11.7 us with 8 kv heads
+        return _tile(spec, 8, 4)
+    if items <= hints.num_sms // 4:  # bf16 4 x 2048: 11.0 us (C4), 12.1 (without pdl)
+        return _tile(spec, 4, 4)
+    if items <= hints.num_sms // 2:
+        return _tile(spec, 2, 8)
+    if items <= hints.num_sms:  # bf16 16 x 512: 11.1 us, 16 x 2048: 35.5 us
+        return _tile(spec, 1, 8, evict_first=True)
+    pair = 2 if spec.kv_bits == 8 and hints.num_kv_heads % 2 == 0 else 1  # fp8 rows: 2 to 5 % at 64 x 8192
+    if items < 8 * hints.num_sms:  # 64 requests of 128..32768 tokens in arrival order: 4377 GB/s bf16
+        return _tile(spec, 4, 4, heads_per_item=pair, evict_first=True)
+    return _tile(spec, 1, 4, heads_per_item=pair, evict_first=True)  # bf16 256 x 8192: 4610 GB/s
+
+
+def _tile(spec: AttentionSpec, cluster: int, warps: int, heads_per_item: int = 1, evict_first: bool = False, split_kv: bool = False) -> DecodeSm90Tile:
+    """A tile whose rings fill the shared memory left to a CTA: 2 CTAs of up to 4 warps per SM, else 1."""
+    ctas_per_sm = 2 if warps <= 4 else 1
+    # Two tiles of 8 heads (a group of up to 16) share each K and V fragment; wider heads have no registers for that.
+    head_tiles = 2 if spec.group_size > COLUMNS and max(spec.head_dim_qk, spec.head_dim_vo) <= 128 else 1
+    tile = DecodeSm90Tile(
+        cluster=cluster,
+        warps=warps,
+        stages=1,
+        tokens=_tokens(spec),
+        head_tiles=head_tiles,
+        heads_per_item=heads_per_item,
+        ctas_per_sm=ctas_per_sm,
+        evict_first=evict_first,
+        split_kv=split_kv,
+    )
+    tile = dataclasses.replace(tile, evict_first=evict_first and head_blocks(spec, tile) == 1)
+    budget = min(SHARED_MEMORY_PER_CTA, SHARED_MEMORY_PER_SM // ctas_per_sm - 1024)
+    # 3 slots of 8 KiB per warp measured best at 4 and at 8 warps; more only delays the first release of a page.
+    for stages in (3, 2):
+        deeper = dataclasses.replace(tile, stages=stages)
+        if stages <= id_steps(spec, deeper) and smem_bytes(spec, deeper) <= budget:
+            return deeper
+    return tile
+
+
+def id_steps(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
+    """Slots whose page ids one coalesced load of a warp covers."""
+    return 32 // (tile.tokens // min(spec.page_size or tile.tokens, tile.tokens))
+
+
+def _tokens(spec: AttentionSpec) -> int:
+    """Tokens of a slot: about 4 KiB of K (8 KiB of K and V), and a whole number of pages or of slots per page; 0 when no size fits."""
+    row_bytes = max(spec.head_dim_qk, spec.head_dim_vo) * spec.kv_bits // 8
+    for tokens in (64, 32, 16):
+        fits = tokens == 16 or tokens * row_bytes <= 4096
+        page = spec.page_size or tokens
+        if fits and page % 8 == 0 and (page % tokens == 0 or tokens % page == 0):
+            return tokens
+    return 0
+
+
+def _round_up(n: int, to: int) -> int:
+    return math.ceil(n / to) * to

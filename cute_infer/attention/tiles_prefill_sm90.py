@@ -1,0 +1,107 @@
+"""Tile sizes of the Hopper prefill kernel: which pieces, and why. Host only; the kernel is ``kernels/prefill_sm90.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .spec import AttentionSpec
+
+REGISTER_FILE = 65536  # 32-bit registers of one SM
+MAX_SHARED_BYTES = 232_448  # 227 KiB, what one CTA may have on sm_90
+BARRIER_BYTES = 1024  # generous room for mbarriers, the work slot and alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillSm90Tile:
+    """The pieces of one work item.
+
+    tile_q               query rows of a work item: 64 per consumer warp group
+    tile_kv              keys per step of the main loop
+    num_stages           depth of the K ring and of the V ring
+    num_q_buffers        2: the next item's Q arrives while this one computes, O leaves through its own buffer.
+                         1: Q is single and O is staged in its place, for head dims that leave no room
+    num_consumer_groups  warp groups that run wgmma
+    producer_regs, consumer_regs   registers per thread after setmaxnreg
+    """
+
+    tile_q: int
+    tile_kv: int
+    num_stages: int
+    num_q_buffers: int
+    num_consumer_groups: int
+    producer_regs: int
+    consumer_regs: int
+
+    def __post_init__(self) -> None:
+        assert self.tile_q == 64 * self.num_consumer_groups, self
+        assert self.tile_kv % 16 == 0 and self.num_q_buffers in (1, 2), self
+        # The pool is what the launch gave the CTA, threads * registers at entry, not the whole register file: with more, setmaxnreg.inc waits
+        # for ever. 384 threads * 168 = 64,512; 512 threads * 128 = 65,536.
+        pool = self.num_threads * (REGISTER_FILE // self.num_threads // 8 * 8)
+        assert 128 * (self.producer_regs + self.num_consumer_groups * self.consumer_regs) <= pool, self
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * (self.num_consumer_groups + 1)
+
+    def shared_bytes(self, head_dim_qk: int, head_dim_vo: int) -> int:
+        """Upper bound of the shared memory of one CTA, 16-bit elements."""
+        q = self.num_q_buffers * self.tile_q * head_dim_qk
+        o = self.tile_q * head_dim_vo if self.num_q_buffers == 2 else 0
+        kv = self.num_stages * self.tile_kv * (head_dim_qk + head_dim_vo)
+        return 2 * (q + o + kv) + BARRIER_BYTES
+
+
+# 24*128 + 2*240*128 = 64,512 of 64,512; where the producer also walks indptr or page tables it needs more than 24: 40*128 + 2*232*128 = 64,512.
+_LEAN, _SCAN = (24, 240), (40, 232)
+
+# (head_dim_qk, head_dim_vo): tile_kv of a contiguous K/V, tile_kv of paged K/V, stages, Q buffers, consumer groups, reason
+_TABLE = {
+    (64, 64): (128, 128, 2, 2, 2, "64 KiB of K/V rings; exp2 bound at this head dim, so larger tiles buy little"),
+    (128, 128): (128, 128, 2, 2, 2, "Q 64 + O 32 + K/V 128 = 224 KiB; 128x160 was not faster [H200, 2026-11-22, prototype]"),
+    (192, 128): (128, 128, 2, 1, 2, "Q+O 48 + K/V 160 = 208 KiB; a separate O buffer would leave 112 keys, which no page of 32 or more divides"),
+    (256, 256): (80, 64, 2, 1, 2, "Q+O 64 + K/V 160 = 224 KiB; O alone takes 128 registers. Paged: 64, the largest that pages of 32 and 64 divide"),
+}
+
+
+def _tile_kv(spec: AttentionSpec) -> int:
+    contiguous, paged, *_ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
+    if spec.kv_layout == "paged" and contiguous % spec.page_size and spec.page_size % contiguous:
+        return paged
+    return contiguous
+
+
+def why_not(spec: AttentionSpec, target) -> str | None:
+    """The first reason the Hopper prefill kernel cannot run ``spec``, or None."""
+    if not target.is_hopper:
+        return f"needs wgmma and TMA (sm_90a), target is {target.arch}"
+    if spec.kind != "prefill":
+        return "made for prefill"
+    if spec.q_dtype not in ("float16", "bfloat16"):
+        return f"q_dtype={spec.q_dtype} is not float16 or bfloat16"
+    if spec.kv_dtype != spec.q_dtype:
+        return f"kv_dtype={spec.kv_dtype} differs from q_dtype={spec.q_dtype}"
+    if spec.o_dtype != spec.q_dtype:
+        return f"o_dtype={spec.o_dtype} differs from q_dtype={spec.q_dtype}"
+    if (spec.head_dim_qk, spec.head_dim_vo) not in _TABLE:
+        return f"head_dim_qk={spec.head_dim_qk} head_dim_vo={spec.head_dim_vo} is not one of {sorted(_TABLE)}"
+    if spec.custom_mask:
+        return "custom masks are not implemented here"
+    if spec.pos_encoding != "NONE":
+        return f"pos_encoding={spec.pos_encoding} is not implemented here"
+    if spec.kv_layout == "paged":
+        if spec.page_size < 16:
+            return f"page_size={spec.page_size} is below 16 tokens, the smallest TMA box used here"
+        tile = _tile_kv(spec)
+        if tile % spec.page_size and spec.page_size % tile:
+            return f"page_size={spec.page_size} neither divides the KV tile of {tile} tokens nor is a multiple of it"
+    return None
+
+
+def choose(spec: AttentionSpec, target, hints) -> PrefillSm90Tile:
+    """The tile for ``spec``; call only where :func:`why_not` returned None."""
+    _, _, num_stages, num_q_buffers, num_groups, _ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
+    producer_regs, consumer_regs = _LEAN if spec.kv_layout == "single" else _SCAN
+    tile = PrefillSm90Tile(64 * num_groups, _tile_kv(spec), num_stages, num_q_buffers, num_groups, producer_regs, consumer_regs)
+    assert tile.shared_bytes(spec.head_dim_qk, spec.head_dim_vo) <= MAX_SHARED_BYTES, tile
+    return tile

@@ -1,0 +1,496 @@
+"""What the plan/run wrappers share: the workspace, the metadata buffers, and run().
+
+A wrapper remembers three kinds of things between calls, and only plan() changes them:
+
+    Planned     what run()'s inputs must look like (counts, dimensions, dtypes)
+    options     causal, window, scales ... as plain attributes, read by every run()
+    buffers     int32 metadata on the device, read live by the kernels; in CUDA-graph mode the caller's own tensors
+
+run() checks its inputs against the first, allocates the outputs and makes one call to ``launch.run_attention``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+
+from ..checks import (
+    KV_LAYOUTS,
+    POS_ENCODING_MODES,
+    check_attention_dtypes,
+    check_choice,
+    check_page_ids,
+    check_planned_dtype,
+    check_tensor,
+    describe,
+    refuse,
+    same_device,
+)
+from ..errors import ConfigError, DeviceError, PageTableError, PlanError, ShapeError, UnsupportedConfigError, fail
+from .launch import run_attention
+from .metadata import to_device
+from .options import Options, Scale, choose_backend, lse_scale, make_spec, parse_dtype, resolve_scales
+from .plan import Workspace, bind, workspace_bytes
+from .spec import AttentionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What plan() was told. ``None`` stands for what the host was not told: it is then not checked.
+
+    total_q     rows of q.   total_kv  tokens of k and v (ragged).   page_ids  smallest and largest page id in use (paged).
+    """
+
+    kind: str
+    kv_layout: str
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int | None
+    page_size: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+    o_dtype: torch.dtype
+    custom_mask: bool = False
+    total_q: int | None = None
+    total_kv: int | None = None
+    page_ids: tuple[int, int] | None = None
+
+    @property
+    def group_size(self) -> int:
+        return self.num_qo_heads // self.num_kv_heads
+
+
+class _PlanModule:
+    """Stands where FlashInfer keeps its compiled module: engines call ``wrapper._cached_module.plan(...)`` to refresh a schedule.
+
+    There is nothing to refresh, the kernels read lengths from the device, so any arguments are taken and nothing is done.
+    """
+
+    def plan(self, *args: Any) -> list[int]:
+        return [0]
+
+
+class BatchAttentionWrapper:
+    """Base of the batch wrappers; holds no attention of its own."""
+
+    # metadata attribute -> constructor argument, in the order of the kernel's arguments
+    _buffers: ClassVar[dict[str, str]] = {}
+    _required_in_graph: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        workspace: torch.Tensor | None,
+        workspace_alias: torch.Tensor | None,
+        kv_layout: str,
+        use_cuda_graph: bool,
+        backend: str,
+        buffers: dict[str, torch.Tensor | None],
+        jit_args: Any = None,
+        jit_kwargs: Any = None,
+    ) -> None:
+        call = type(self).__name__
+        if workspace is not None and workspace_alias is not None:
+            raise TypeError(f"{call}(): float_workspace_buffer and workspace_buffer are two names of one argument; pass one")
+        if jit_args is not None or jit_kwargs is not None:
+            fail(
+                ConfigError,
+                f"{call}: jit_args and jit_kwargs carry CUDA source, which is not compiled here",
+                fix="use the options of plan() and run(): logits_soft_cap, window_left, pos_encoding_mode, custom_mask, sinks",
+            )
+        check_choice(call, "kv_layout", kv_layout, KV_LAYOUTS)
+        self._kv_layout = kv_layout
+        self._backend = choose_backend(call, backend)
+        self._use_cuda_graph = use_cuda_graph
+        self._float_workspace_buffer = workspace if workspace is not None else workspace_alias
+        self._int_workspace_buffer: torch.Tensor | None = None
+        self._pin_memory_int_workspace_buffer: torch.Tensor | None = None
+        self._cached_module = _PlanModule()
+        self._plan_info: Planned | None = None
+        self._spec: AttentionSpec | None = None
+        self._workspace: Workspace | None = None
+        self._device: torch.device | None = None
+        self._set_options(Options())
+        for name in ("_qo_indptr_buf", "_custom_mask_buf", "_mask_indptr_buf"):
+            setattr(self, name, None)
+        for name in self._buffers:
+            setattr(self, name, buffers.get(name))
+        if use_cuda_graph:
+            self._check_graph_buffers(call, buffers)
+        owned = [t for t in (self._float_workspace_buffer, *buffers.values()) if t is not None]
+        if owned:
+            self._use_device(owned[0].device)
+
+    def _check_graph_buffers(self, call: str, buffers: dict[str, torch.Tensor | None]) -> None:
+        for name in self._required_in_graph:
+            buffer = buffers.get(name)
+            if buffer is None:
+                fail(
+                    ConfigError,
+                    f"{call}: use_cuda_graph=True needs {self._buffers[name]}",
+                    fix="allocate the metadata buffers once; plan() copies into them and captured graphs read them live",
+                )
+            check_tensor(call, self._buffers[name], buffer, {"length": None}, dtypes=(torch.int32,))
+
+    # ------------------------------------------------------------------------------------------------------------------- what users ask
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether plan() copies into the buffers given to the constructor."""
+        return self._use_cuda_graph
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the wrapper runs; None until a workspace, metadata on a GPU or a first run() has decided it."""
+        return self._device
+
+    @property
+    def resolved_backend(self) -> str:
+        """What computes: ``"reference"``, the name of the kernel of the last plan() or run(), or ``"unplanned"``."""
+        if self._plan_info is None:
+            return "unplanned"
+        if self._backend == "reference" or self._device is None or self._device.type != "cuda":
+            return "reference"
+        plan = self._plan_info
+        spec = self._spec or self._make_spec(self._get_options(), plan.head_dim_vo or plan.head_dim_qk)
+        return bind(spec, self._device, plan.batch_size, plan.num_kv_heads, plan.total_q or plan.batch_size).choice.name
+
+    def check(self) -> None:
+        """Wait for the device and raise PageTableError if any run() since the last check met a page id outside the cache.
+
+        Such a page reads as zeros; it never faults. This is the one method that synchronises.
+        """
+        if self._workspace is None:
+            return
+        status = self._workspace.status
+        if int(status[0]) != 0:
+            status[0].zero_()
+            fail(
+                PageTableError,
+                f"{type(self).__name__}: a page id was outside the cache",
+                expected="0 <= kv_indices[i] < num_pages for every i < kv_indptr[-1] <= len(kv_indices)",
+                fix="check the metadata given to plan(); CPU metadata, or validate=True, is checked there",
+            )
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor | None) -> None:
+        """Use another workspace from the next run() on. There is no integer workspace; the second tensor is only kept."""
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = int_workspace_buffer
+        self._device = self._workspace = None
+        self._use_device(float_workspace_buffer.device)
+
+    def end_forward(self) -> None:
+        """Does nothing; FlashInfer once needed it."""
+
+    def __repr__(self) -> str:
+        mode = " cuda_graph" if self._use_cuda_graph else ""
+        if self._plan_info is None:
+            return f"<{type(self).__name__} {self._kv_layout}{mode}, not planned>"
+        plan = self._plan_info
+        spec = self._spec or self._make_spec(self._get_options(), plan.head_dim_vo or plan.head_dim_qk)
+        return f"<{type(self).__name__} {self._kv_layout}{mode} on {self._device or 'any device'}: batch_size={plan.batch_size} {spec}>"
+
+    # --------------------------------------------------------------------------------------------------------------------- for plan()
+    def _set_options(self, options: Options) -> None:
+        """Options live in plain attributes because engines read them."""
+        self._causal = options.causal
+        self._pos_encoding_mode = options.pos_encoding_mode
+        self._window_left = options.window_left
+        self._logits_soft_cap = options.logits_soft_cap or 0.0
+        self._sm_scale = options.sm_scale
+        self._rope_scale = options.rope_scale
+        self._rope_theta = options.rope_theta
+
+    def _get_options(self) -> Options:
+        return Options(
+            self._causal,
+            self._pos_encoding_mode,
+            self._window_left,
+            self._logits_soft_cap,
+            self._sm_scale,
+            self._rope_scale,
+            self._rope_theta,
+        )
+
+    def _use_device(self, device: torch.device) -> Workspace:
+        """Settle on ``device`` (a tensor's device) and make the workspace there."""
+        if self._device is not None and not same_device(self._device, device):
+            fail(
+                DeviceError,
+                f"{type(self).__name__}: a tensor is on {device} but the wrapper works on {self._device}",
+                expected=f"tensors on {self._device}",
+                fix="make one wrapper per device; its device is that of its workspace, or of the first tensors it met",
+            )
+        if self._workspace is None:
+            self._device = device
+            self._workspace = Workspace(device, self._float_workspace_buffer)
+            if self._int_workspace_buffer is None:
+                self._int_workspace_buffer = torch.empty(16, dtype=torch.uint8, device=device)
+        return self._workspace
+
+    def _dtypes(self, q: torch.dtype | str, kv: torch.dtype | str | None, o: torch.dtype | str | None) -> tuple[torch.dtype, ...]:
+        q_dtype = parse_dtype("plan()", "q_data_type", q)
+        kv_dtype = parse_dtype("plan()", "kv_data_type", kv) if kv is not None else q_dtype
+        o_dtype = parse_dtype("plan()", "o_data_type", o) if o is not None else q_dtype
+        check_attention_dtypes("plan()", q_dtype, kv_dtype, o_dtype, self._kernel_device())
+        return q_dtype, kv_dtype, o_dtype
+
+    def _kernel_device(self) -> str | None:
+        """Device type as far as dtypes are concerned: the reference computes everything wherever it runs."""
+        return "cpu" if self._backend == "reference" else self._device.type if self._device is not None else None
+
+    def _finish_plan(self, planned: Planned, options: Options, arrays: dict[str, torch.Tensor], in_place: bool = False) -> None:
+        """Publish what plan() found. ``in_place``: the caller keeps the buffers of a graph up to date itself."""
+        if self._device is None:
+            device = next((a.device for a in arrays.values() if a.device.type != "cpu"), None)
+            if device is not None:
+                self._use_device(device)
+                check_attention_dtypes("plan()", planned.q_dtype, planned.kv_dtype, planned.o_dtype, self._kernel_device())
+        if not self._use_cuda_graph:
+            self._keep(arrays)
+        elif not in_place:
+            self._copy_into_buffers(arrays)
+        check_choice("plan()", "pos_encoding_mode", options.pos_encoding_mode, POS_ENCODING_MODES)
+        self._set_options(options)
+        self._plan_info = planned
+        self._spec = None
+        self._compile_ahead(planned, options)
+
+    def _keep(self, arrays: dict[str, torch.Tensor]) -> None:
+        moved = to_device(list(arrays.values()), self._device) if self._device is not None else list(arrays.values())
+        for name in ("_custom_mask_buf", "_mask_indptr_buf"):
+            setattr(self, name, None)
+        for name, array in zip(arrays, moved):
+            setattr(self, name, array)
+
+    def _copy_into_buffers(self, arrays: dict[str, torch.Tensor]) -> None:
+        for name, array in arrays.items():
+            buffer = getattr(self, name)
+            label = self._buffers.get(name, name)
+            if not isinstance(buffer, torch.Tensor):
+                fail(ConfigError, f"plan(): this CUDA-graph wrapper was made without {label}", fix=f"pass {label} to the constructor")
+            if len(array) > len(buffer):
+                fail(
+                    ShapeError,
+                    f"plan(): {len(array)} entries do not fit the {len(buffer)} of {label}",
+                    got=describe(label, buffer),
+                    fix=f"allocate {label} for the largest batch, or pass only the entries in use",
+                )
+            if array is not buffer:
+                buffer[: len(array)].copy_(array, non_blocking=True)
+
+    def _compile_ahead(self, planned: Planned, options: Options) -> None:
+        """Compile or load the kernel now, where that can take its time, so that run() only launches."""
+        on_gpu = self._device is not None and self._device.type == "cuda"
+        if not on_gpu or self._backend == "reference" or not planned.total_q or torch.compiler.is_compiling():
+            return
+        spec = self._make_spec(options, planned.head_dim_vo or planned.head_dim_qk)
+        try:
+            self._use_device(self._device).bind(spec, planned.batch_size, planned.num_kv_heads, planned.total_q)
+        except UnsupportedConfigError:
+            if planned.head_dim_vo is not None:
+                raise  # otherwise V's dimension is not known yet, and run() has the last word
+
+    def _workspace_bytes(self, planned: Planned, options: Options) -> tuple[int, int]:
+        """``(float bytes, int bytes)`` a batch needs; both positive, as callers allocate exactly that."""
+        device = self._device or torch.device("cpu")
+        if self._backend == "reference":
+            device = torch.device("cpu")
+        args = (planned.batch_size, planned.num_kv_heads, planned.total_q or planned.batch_size)
+        spec = self._spec_of(planned, options, planned.head_dim_vo or planned.head_dim_qk)
+        return workspace_bytes(spec, device, *args), 16
+
+    # ---------------------------------------------------------------------------------------------------------------------- for run()
+    def _make_spec(
+        self, options: Options, head_dim_vo: int, sinks: bool = False, k_scale: bool = False, v_scale: bool = False, lse: bool = False
+    ) -> AttentionSpec:
+        assert self._plan_info is not None
+        return self._spec_of(self._plan_info, options, head_dim_vo, sinks, k_scale, v_scale, lse)
+
+    @staticmethod
+    def _spec_of(
+        plan: Planned,
+        options: Options,
+        head_dim_vo: int,
+        sinks: bool = False,
+        k_scale: bool = False,
+        v_scale: bool = False,
+        lse: bool = False,
+    ) -> AttentionSpec:
+        return make_spec(
+            plan.kind,
+            plan.kv_layout,
+            plan.q_dtype,
+            plan.kv_dtype,
+            plan.o_dtype,
+            plan.head_dim_qk,
+            head_dim_vo,
+            plan.group_size,
+            plan.page_size,
+            options.causal,
+            options.window_left >= 0,
+            bool(options.logits_soft_cap),
+            options.pos_encoding_mode,
+            plan.custom_mask,
+            sinks,
+            k_scale,
+            v_scale,
+            lse,
+        )
+
+    def _planned(self) -> Planned:
+        if self._plan_info is None:
+            fail(
+                PlanError,
+                f"run(): {type(self).__name__} has no plan",
+                expected="plan(...) before run(...)",
+                fix="call plan() with the batch's metadata once per batch",
+            )
+        return self._plan_info
+
+    def _check_inputs(self, plan: Planned, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
+        """Shapes, dtypes and device of run()'s inputs against the plan; the head dimension of V."""
+        replan = "call plan() again with what run() gets, or pass what plan() was told"
+        check_tensor(
+            "run()",
+            "q",
+            q,
+            {"num_tokens": None, "num_qo_heads": plan.num_qo_heads, "head_dim": plan.head_dim_qk},
+            because="as plan() was told",
+            fix=replan,
+        )
+        rows = plan.total_q
+        spare = self._use_cuda_graph and plan.kind == "prefill"  # a captured q is as long as the longest batch
+        if rows is not None and (q.shape[0] < rows if spare else q.shape[0] != rows):
+            told = f"qo_indptr[-1]={rows}" if plan.kind == "prefill" else f"batch_size={rows}"
+            what = f"run(): q has {q.shape[0]} rows but plan() was called with {told}"
+            expected = f"q [{rows}, {plan.num_qo_heads}, {plan.head_dim_qk}]"
+            fail(ShapeError, what, got=describe("q", q), expected=expected, fix=replan)
+        tokens = plan.page_size or None
+        shape = {"num_pages": None, "page_size": tokens, "num_kv_heads": plan.num_kv_heads, "head_dim": plan.head_dim_qk}
+        because = f"as plan() was told; kv_layout is {self._kv_layout!r}"
+        check_tensor("run()", "k", k, shape, device=q.device, because=because, fix=replan)
+        shape = {"num_pages": k.shape[0], "page_size": k.shape[1], "num_kv_heads": plan.num_kv_heads, "head_dim": plan.head_dim_vo}
+        check_tensor("run()", "v", v, shape, device=q.device, because="as k and plan() say", fix=replan)
+        if q.dtype != plan.q_dtype:
+            check_planned_dtype("run()", "q", q, plan.q_dtype, "q_data_type")
+        if k.dtype != plan.kv_dtype or v.dtype != plan.kv_dtype:
+            check_planned_dtype("run()", "k", k, plan.kv_dtype, "kv_data_type")
+            check_planned_dtype("run()", "v", v, plan.kv_dtype, "kv_data_type")
+        if plan.page_ids is not None:
+            check_page_ids("run()", *plan.page_ids, k.shape[0])
+        if plan.total_kv is not None and k.shape[1] < plan.total_kv:
+            what = f"run(): k has {k.shape[1]} tokens but plan() was called with kv_indptr[-1]={plan.total_kv}"
+            fail(ShapeError, what, got=describe("k", k[0]), fix=replan)
+        return v.shape[3]
+
+    def _settle(self, device: torch.device) -> Workspace:
+        """The workspace on ``device``; metadata that waited on the CPU for a device follows."""
+        if self._workspace is not None and self._device == device:
+            return self._workspace
+        workspace = self._use_device(device)
+        self._dtypes(self._planned().q_dtype, self._planned().kv_dtype, self._planned().o_dtype)
+        names = [n for n in self._buffers if isinstance(getattr(self, n), torch.Tensor)]
+        for name, array in zip(names, to_device([getattr(self, n) for n in names], device)):
+            setattr(self, name, array)
+        return workspace
+
+    def _execute(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        options: Options,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        sinks: torch.Tensor | None = None,
+        lse_base: str = "log2",
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of ``q`` over 4-D ``k``, ``v`` (page, token, head, dim) and this wrapper's metadata."""
+        plan = self._planned()
+        head_dim_vo = self._check_inputs(plan, q, k, v)
+        workspace = self._settle(q.device)
+        scales = resolve_scales(
+            "run()", options, plan.head_dim_qk, plan.num_kv_heads, plan.num_qo_heads, q.device, q_scale, k_scale, v_scale
+        )
+        rows = q.shape[0]
+        out, lse = make_outputs(
+            "run()", q, (rows, plan.num_qo_heads, head_dim_vo), plan.o_dtype, out, lse, want_lse=return_lse or lse is not None
+        )
+        if sinks is not None:
+            check_tensor("run()", "sinks", sinks, {"num_qo_heads": plan.num_qo_heads}, dtypes=(torch.float32,), device=q.device)
+        spec = self._spec = self._spec_of(
+            plan, options, head_dim_vo, sinks is not None, scales.k_scale is not None, scales.v_scale is not None, lse is not None
+        )
+        run_attention(
+            spec,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            batch_size=plan.batch_size,
+            qo_indptr=self._qo_indptr_buf if plan.kind == "prefill" else None,
+            **self._kv_metadata(),
+            mask=self._custom_mask_buf if plan.custom_mask else None,
+            mask_indptr=self._mask_indptr_buf if plan.custom_mask else None,
+            sinks=sinks,
+            k_scale=scales.k_scale,
+            v_scale=scales.v_scale,
+            sm_scale=scales.sm_scale,
+            out_scale=scales.out_scale,
+            soft_cap=options.logits_soft_cap or 0.0,
+            lse_scale=lse_scale("run()", lse_base),
+            rope_scale=options.rope_scale or 1.0,
+            rope_theta=options.rope_theta or 1e4,
+            window_left=options.window_left,
+            workspace=workspace,
+            backend="reference" if self._backend == "reference" else "auto",
+        )
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _kv_metadata(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError  # each wrapper names the arrays its kernels read
+
+    # set through _set_options, _keep and __init__
+    _qo_indptr_buf: torch.Tensor | None
+    _custom_mask_buf: torch.Tensor | None
+    _mask_indptr_buf: torch.Tensor | None
+
+
+def make_outputs(
+    call: str,
+    q: torch.Tensor,
+    shape: tuple[int, int, int],
+    o_dtype: torch.dtype,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    want_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The caller's ``out`` and ``lse`` after a check, or new ones."""
+    tokens, heads, dim = shape
+    if out is None:
+        out = torch.empty(shape, dtype=o_dtype, device=q.device)
+    else:
+        check_tensor(call, "out", out, {"num_tokens": tokens, "num_qo_heads": heads, "head_dim": dim}, dtypes=(o_dtype,), device=q.device)
+    if lse is not None:
+        check_tensor(call, "lse", lse, {"num_tokens": tokens, "num_qo_heads": heads}, dtypes=(torch.float32,), device=q.device)
+    elif want_lse:
+        lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device)
+    return out, lse
+
+
+def refuse_peer_options(call: str, **options: Any) -> None:
+    """Options of other chips' kernels that would change the result and have no meaning here."""
+    refuse(call, "leave it out: it belongs to FP4 caches or other architectures' kernels", **options)
+
+
+def refuse_multi_item_scoring(**options: Any) -> None:
+    """Multi-item scoring arrays of FlashInfer's prefill plan()."""
+    refuse("plan()", "describe which items see each other with custom_mask=", **options)

@@ -1,0 +1,303 @@
+"""The ``cute-infer`` command.
+
+    cute-infer show-config [--json]                     what is installed, which devices, where kernels are kept
+    cute-infer demo                                     the quick start on whatever is here
+    cute-infer compile --model llama3-8b --arch sm_90a  fill the cache, or with --out build a bundle
+    cute-infer cache list | verify | clear
+
+Exit status: 0 done, 1 refused (the message says why), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import CuteInferError
+
+if TYPE_CHECKING:
+    from .jit import Request, Target
+    from .jit.cache import Entry
+
+
+def main() -> None:
+    """Entry point: runs the command and turns our errors into exit status 1."""
+    try:
+        cli(prog_name="cute-infer")
+    except CuteInferError as error:
+        click.echo(f"cute-infer: {error}", err=True)
+        sys.exit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cute-infer", prog_name="cute-infer")
+def cli() -> None:
+    """LLM serving kernels written in Python with NVIDIA's CuTe DSL."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ show-config
+@cli.command("show-config")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show_config(as_json: bool) -> None:
+    """Versions, devices, target, backends, cache and environment."""
+    facts = collect_config()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for section, values in facts.items():
+        click.echo(f"{section}:")
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
+            click.echo(f"  {name:<14} {'-' if shown is None else shown}")
+
+
+def collect_config() -> dict[str, Any]:
+    """Everything a bug report needs, as JSON data."""
+    import torch
+
+    from .config import VARIABLES, get_config
+    from .jit import disk_cache, kernel_sources_hash
+    from .jit.toolchain import driver_cuda_major, runtime_library, toolchain, version
+
+    config, cache, tools = get_config(), disk_cache(), toolchain()
+    compiler = f"nvidia-cutlass-dsl {tools['dsl']} ({tools['flavour']})" if tools["dsl"] else None
+    devices = [_device(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "cute_infer": version("cute-infer") or "not installed (running from source)",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torch CUDA": torch.version.cuda,
+            "compiler": compiler,
+            "tvm-ffi": tools["tvm_ffi"],
+            "driver CUDA": driver_cuda_major(),
+            "kernels": kernel_sources_hash()[:16],
+        },
+        "devices": devices,
+        "target": {"arch": config.arch or (devices[0]["code"] if devices else None)},
+        "backends": {
+            "kernels": "available" if devices and (compiler or config.bundle) else "no CUDA device" if not devices else "no compiler, no bundle",
+            "reference": "available",
+            "default": config.backend,
+        },
+        "cache": {
+            "path": str(cache.root),
+            "trusted": cache.trusted(),
+            "writable": cache.writable(),
+            "kernels": len(cache.keys()),
+            "bytes": cache.size(),
+            "bundles": [str(path) for path in config.bundle] or None,
+            "runtime": str(runtime_library() or "") or None,
+        },
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def _device(index: int) -> dict[str, Any]:
+    import torch
+
+    from .jit import Target
+
+    properties = torch.cuda.get_device_properties(index)
+    try:
+        code = Target.parse(f"{properties.major}.{properties.minor}").arch
+    except CuteInferError:
+        code = "unsupported"
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "code": code,
+        "SMs": properties.multi_processor_count,
+        "GiB": round(properties.total_memory / 2**30, 1),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------ demo
+@cli.command()
+def demo() -> None:
+    """Run the quick start on the GPU, or on the CPU with the reference backend."""
+    from .demo import main as run
+
+    run()
+
+
+# ------------------------------------------------------------------------------------------------------------------ compile
+@cli.command("compile")
+@click.option("--model", "models", multiple=True, help="A preset of cute_infer.zoo; may be repeated.")
+@click.option("--variant", "texts", multiple=True, metavar="JSON", help="One kernel, as a MissingKernelError prints it; may be repeated.")
+@click.option("--arch", "archs", multiple=True, help="sm_80, sm_90a, ...; may be repeated. Default: this machine's device.")
+@click.option("--page-size", "page_sizes", multiple=True, type=click.IntRange(1), help="Tokens per KV page; may be repeated. Default: 16.")
+@click.option("--kv-dtype", help="KV cache dtype, such as float8_e4m3fn. Default: the model's.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write a bundle here as well.")
+@click.option("--jobs", type=click.IntRange(1), default=max(1, min(8, os.cpu_count() or 1)), show_default=True, help="Processes.")
+@click.option("--list", "only_list", is_flag=True, help="Print what would be compiled.")
+def compile_command(
+    models: tuple[str, ...],
+    texts: tuple[str, ...],
+    archs: tuple[str, ...],
+    page_sizes: tuple[int, ...],
+    kv_dtype: str | None,
+    out: Path | None,
+    jobs: int,
+    only_list: bool,
+) -> None:
+    """Compile kernels ahead of time. Needs no GPU."""
+    if not models and not texts:
+        raise click.UsageError("name what to compile: --model or --variant")
+    requests = _requests(models, texts, archs, page_sizes or (16,), kv_dtype)
+    if only_list:
+        for request in requests:
+            click.echo(f"{request.arch} {request.path} {request.spec} {request.tile}")
+        return
+    started = time.perf_counter()
+    entries = compile_all(requests, jobs)
+    click.echo(f"{len(entries)} kernels ready in {time.perf_counter() - started:.1f} s")
+    if out is not None:
+        from .jit.bundle import write_bundle
+
+        for library in write_bundle(out, entries)["libraries"].values():
+            click.echo(f"{out / library['file']}  {library['bytes']} bytes  sha256 {library['sha256']}")
+        click.echo(f"use it with CUTE_INFER_BUNDLE={out.absolute()}")
+
+
+def _requests(
+    models: tuple[str, ...], texts: tuple[str, ...], archs: tuple[str, ...], page_sizes: tuple[int, ...], kv_dtype: str | None
+) -> list[Request]:
+    from .jit import Request
+
+    found: dict[Request, None] = {}
+    for text in texts:
+        try:
+            found[Request.from_data(json.loads(text))] = None
+        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise click.BadParameter(f"not a kernel description: {error!r}", param_hint="--variant") from error
+    if models:
+        from . import zoo
+
+        for target in _targets(archs):
+            for name in models:
+                if name not in zoo.MODELS:
+                    raise click.BadParameter(f"{name!r} is not one of {', '.join(zoo.MODELS)}", param_hint="--model")
+                found.update(dict.fromkeys(zoo.variants(zoo.MODELS[name], target, page_sizes, kv_dtype)))
+    return list(found)
+
+
+def _targets(archs: tuple[str, ...]) -> list[Target]:
+    from .config import get_config
+    from .jit import Target
+
+    named = archs or tuple(filter(None, [get_config().arch]))
+    return [Target.parse(arch) for arch in named] if named else [Target.detect()]
+
+
+def compile_all(requests: list[Request], jobs: int) -> list[Entry]:
+    """Compile ``requests`` in up to ``jobs`` GPU-blind processes; entries that the disk cache already has are read from it.
+
+    Raises:
+        CuteInferError: of the first request that failed; the others are finished and kept.
+    """
+    spawn = multiprocessing.get_context("spawn")  # the compiler must not run in a fork of a process that has used it
+    with _counter(len(requests)) as advance:
+        with concurrent.futures.ProcessPoolExecutor(min(jobs, len(requests)) or 1, spawn, initializer=_hide_gpus) as pool:
+            futures = [pool.submit(_compile_one, request) for request in requests]
+            for future in concurrent.futures.as_completed(futures):
+                failed = future.exception()
+                advance(f"failed: {failed}" if failed else _line(future.result()))
+    return [future.result() for future in futures]
+
+
+def _hide_gpus() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUTE_INFER_PROGRESS"] = "off"
+
+
+def _compile_one(request: Request) -> Entry:
+    from .jit import get_entry
+
+    return get_entry(request)
+
+
+def _line(entry: Entry) -> str:
+    return f"{entry.symbol.rpartition('_')[0].removeprefix('cute_infer_')} {entry.facts}"
+
+
+@contextlib.contextmanager
+def _counter(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal, else one line per kernel; yields what to call after each."""
+    if not sys.stderr.isatty():
+        done = 0
+
+        def advance(text: str) -> None:
+            nonlocal done
+            done += 1
+            click.echo(f"[{done}/{total}] {text}", err=True)
+
+        yield advance
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("compiling", total=total)
+        yield lambda text: bar.update(task, advance=1, description=text[:60])
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+@cli.group()
+def cache() -> None:
+    """The kernels kept on disk."""
+
+
+@cache.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def cache_list(as_json: bool) -> None:
+    """Print every kernel with what it was compiled from."""
+    from .jit import disk_cache
+    from .jit.cache import describe
+
+    entries = {key: entry for key in disk_cache().keys() if (entry := disk_cache().load(key))}
+    if as_json:
+        rows = [{"key": key, "request": e.request, "toolchain": e.toolchain, "facts": e.facts.to_data()} for key, e in entries.items()]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for key, entry in entries.items():
+        click.echo(f"{key[:12]}  {len(entry.object):>8}  {describe(entry.request)}")
+    click.echo(f"{len(entries)} kernels, {disk_cache().size()} bytes, in {disk_cache().root}")
+
+
+@cache.command("verify")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@click.pass_context
+def cache_verify(context: click.Context, as_json: bool) -> None:
+    """Check every kernel against its recorded SHA-256, owner and mode; exit status 1 when one fails."""
+    from .jit import disk_cache
+
+    result = disk_cache().verify()
+    bad = {key: reason for key, reason in result.items() if reason}
+    if as_json:
+        click.echo(json.dumps({"checked": len(result), "bad": bad}, indent=2))
+    else:
+        for key, reason in bad.items():
+            click.echo(f"{key}: {reason}")
+        click.echo(f"{len(result)} checked, {len(bad)} bad")
+    if bad:
+        context.exit(1)
+
+
+@cache.command("clear")
+def cache_clear() -> None:
+    """Remove every kernel."""
+    from .jit import disk_cache
+
+    click.echo(f"{disk_cache().clear()} kernels removed from {disk_cache().root}")

@@ -1,0 +1,164 @@
+"""Ahead-of-time bundles: one shared library per architecture and a manifest, made without a GPU and run without the compiler.
+
+    <bundle>/manifest.json             request key -> architecture, symbol, facts; SHA-256 of each library; versions that made them
+             cute_infer_sm_90a.so
+
+A machine that runs bundles needs torch, apache-tvm-ffi and the compiler's runtime library (``pip install --no-deps
+nvidia-cutlass-dsl-libs-cu12``), not the compiler. A bundle matches only the very kernel sources it was built from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CacheError, fail
+from . import trust
+from .cache import Entry
+from .inspect import KernelFacts
+from .key import FORMAT, digest, kernel_sources_hash
+from .toolchain import runtime_library, toolchain
+
+log = logging.getLogger("cute_infer.jit")
+
+MANIFEST = "manifest.json"
+
+
+class Bundle:
+    """A bundle directory opened for reading.
+
+    Raises:
+        CacheError: no manifest, a damaged one, or one of another format.
+        UntrustedCacheError: another user could have written it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(os.path.realpath(directory))
+        self._libraries: dict[str, Any] = {}
+        try:
+            (text,) = trust.read_files(self.directory, (MANIFEST,))
+            self.manifest = json.loads(text)
+            found = self.manifest["format"]
+        except (OSError, ValueError, KeyError) as error:
+            fail(CacheError, f"{directory} is not a kernel bundle", got=f"{type(error).__name__}: {error}", fix="cute-infer compile --out ...")
+        if found != FORMAT:
+            fail(CacheError, f"{directory} has another bundle format", got=found, expected=FORMAT, fix="build it again with this version")
+        self.unusable = self._why_unusable()
+        if self.unusable:
+            log.warning("bundle %s is ignored: %s", directory, self.unusable)
+
+    def _why_unusable(self) -> str | None:
+        if self.manifest["sources"] != kernel_sources_hash():
+            return "it was built from other kernel sources; build it again with this version of cute_infer"
+        made, here = self.manifest["toolchain"]["dsl"], toolchain()["libs"]
+        if here is None:
+            return "the runtime library is not installed (pip install --no-deps nvidia-cutlass-dsl-libs-cu12)"
+        if made.split(".")[:2] != here.split(".")[:2]:
+            return f"it was built with nvidia-cutlass-dsl {made} and the runtime library here is {here}"
+        return None
+
+    def load(self, request_key: str) -> tuple[Any, KernelFacts] | None:
+        """The function and facts of a kernel, or None when the bundle lacks it.
+
+        Raises:
+            CacheError: the library was altered.
+        """
+        kernel = None if self.unusable else self.manifest["kernels"].get(request_key)
+        if kernel is None:
+            return None
+        return self._library(kernel["arch"])[kernel["symbol"]], KernelFacts.from_data(kernel["facts"])
+
+    def _library(self, arch: str) -> Any:
+        if arch not in self._libraries:
+            import tvm_ffi
+
+            library = self.manifest["libraries"][arch]
+            (content,) = trust.read_files(self.directory, (library["file"],))
+            found = hashlib.sha256(content).hexdigest()
+            if found != library["sha256"]:
+                fail(CacheError, f"{self.directory / library['file']} was altered", got=found, expected=library["sha256"], fix="build it again")
+            # The kernels' undefined symbols are found in the global scope only.
+            ctypes.CDLL(str(runtime_library()), mode=ctypes.RTLD_GLOBAL)
+            self._libraries[arch] = tvm_ffi.load_module(str(self.directory / library["file"]))
+        return self._libraries[arch]
+
+
+def write_bundle(directory: Path, entries: Iterable[Entry]) -> dict[str, Any]:
+    """Link ``entries`` into one library per architecture under ``directory`` and write the manifest; returns it.
+
+    An existing bundle there is replaced, manifest last, so that a reader never sees a manifest without its libraries.
+
+    Raises:
+        CacheError: no linker, or it failed.
+    """
+    entries = list(entries)
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    libraries = {}
+    for arch in sorted({entry.request["arch"] for entry in entries}):
+        file = f"cute_infer_{arch}.so"
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".link-") as scratch:
+            objects = []
+            for entry in entries:
+                if entry.request["arch"] == arch:
+                    objects.append(Path(scratch) / f"{entry.symbol}.o")
+                    objects[-1].write_bytes(entry.object)
+            linked = Path(scratch) / file
+            _link(linked, objects)
+            linked.chmod(0o644)
+            libraries[arch] = {"file": file, "bytes": linked.stat().st_size, "sha256": hashlib.sha256(linked.read_bytes()).hexdigest()}
+            os.replace(linked, directory / file)
+    manifest = {
+        "format": FORMAT,
+        "sources": kernel_sources_hash(),
+        "toolchain": toolchain(),
+        "libraries": libraries,
+        "kernels": {
+            digest(entry.request): {
+                "arch": entry.request["arch"],
+                "symbol": entry.symbol,
+                "facts": entry.facts.to_data(),
+                "request": entry.request,
+            }
+            for entry in entries
+        },
+    }
+    temporary = directory / f".{MANIFEST}.{os.getpid()}"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    temporary.chmod(0o644)
+    os.replace(temporary, directory / MANIFEST)
+    return manifest
+
+
+def linker() -> list[str]:
+    """Command that links a shared library: $CC, a system compiler, or the one in the ``ziglang`` package.
+
+    Raises:
+        CacheError: none is installed.
+    """
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    fail(CacheError, "a bundle needs a linker", expected="cc, gcc or clang on PATH, or $CC", fix="pip install ziglang")
+
+
+def _link(library: Path, objects: list[Path]) -> None:
+    command = [*linker(), "-shared", "-nostdlib", "-Wl,-s", "-o", str(library), *map(str, objects)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        fail(CacheError, f"linking {library.name} failed", got=done.stderr.strip()[-2000:], expected=shlex.join(command[:6]))

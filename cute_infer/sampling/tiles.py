@@ -1,0 +1,101 @@
+"""What the row kernels must do (RowSpec), in which pieces (RowTile), and why not: host only, imports no compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+
+MAX_VOCAB = 262144  # 2**18: with masses below 2**31 a row's total stays below 2**49, exact in a double
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+    """Static facts of one row kernel: the compile key.
+
+    source       "logits": mass = exp((x - max) / temperature). "probs": mass = x / max(x).
+    output       "ids" draws a token; "softmax", "renorm" and "mask" write the whole row.
+    temperature, top_k, top_p, min_p, seed, offset
+                 "none" (not there), "scalar" (one argument for all rows) or "row" (a tensor with one value per row).
+    k_first      top-p counts the mass that top-k has left, not the whole row's.
+    indices      output row i reads input row indices[i].
+    logprob      the log-probability of the chosen token is written too.
+    aligned      rows start on 16-byte boundaries and vocab fills whole 16-byte vectors; otherwise loads are one element wide.
+    """
+
+    source: str
+    dtype: str
+    output: str
+    temperature: str = "none"
+    top_k: str = "none"
+    top_p: str = "none"
+    min_p: str = "none"
+    seed: str = "none"
+    offset: str = "none"
+    k_first: bool = False
+    indices: bool = False
+    logprob: bool = False
+    aligned: bool = True
+
+    @property
+    def vector(self) -> int:
+        """Elements per load."""
+        return 16 // BYTES[self.dtype] if self.aligned else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTile:
+    """cluster CTAs of `threads` threads share one row; `per_thread` elements stay in registers, 0 = re-read the row in every pass."""
+
+    cluster: int
+    threads: int
+    per_thread: int
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """CTAs per SM that the register budget is cut for: 2 * 512 threads * 64 registers fill an SM."""
+        return 2 if self.threads * self.per_thread <= 512 * 32 and self.threads <= 512 else 1
+
+    @property
+    def capacity(self) -> int:
+        """Longest row, 0 when it does not matter."""
+        return self.cluster * self.threads * self.per_thread
+
+
+# Hopper: the row is read once into registers of a cluster. 512 threads of <= 64 registers leave room for two CTAs per SM, so one row's
+# barriers hide behind another row's arithmetic.  (few rows, many rows): few rows take more SMs per row.
+SM90_TILES = (
+    #  vocab    few rows                  many rows
+    (8192, RowTile(2, 256, 16), RowTile(1, 512, 16)),  # fits one CTA; two for latency
+    (16384, RowTile(4, 256, 16), RowTile(1, 512, 32)),
+    (32768, RowTile(8, 256, 16), RowTile(2, 512, 32)),  # 32000: 8 SMs per row when rows are few
+    (65536, RowTile(8, 512, 16), RowTile(4, 512, 32)),
+    (131072, RowTile(8, 512, 32), RowTile(8, 512, 32)),  # 128256 needs all eight CTAs anyway; 8 is the portable cluster limit
+    (163840, RowTile(8, 512, 40), RowTile(8, 512, 40)),  # 151936: 40 registers of data still fit two CTAs per SM only if <= 64 in all
+    (262144, RowTile(8, 512, 64), RowTile(8, 512, 64)),  # one CTA per SM
+)
+FEW_ROWS = 16  # 16 rows * 8 CTAs = 128 of 132 SMs
+
+# Everything else: one CTA per row. Short rows stay in registers, long ones are read again from L2 in every pass.
+SM80_TILES = (
+    (16384, RowTile(1, 512, 32)),
+    (MAX_VOCAB, RowTile(1, 1024, 0)),
+)
+
+
+def why_not(spec: RowSpec, vocab: int, rows: int) -> str | None:
+    """The first reason why no row kernel can do this, or None."""
+    if spec.dtype not in BYTES:
+        return f"dtype {spec.dtype} is not float32, float16 or bfloat16"
+    if not 1 <= vocab <= MAX_VOCAB:
+        return f"vocab={vocab} is not in 1..{MAX_VOCAB}"
+    if rows * 8 >= 2**31:
+        return f"{rows} rows exceed the grid"
+    return None
+
+
+def choose(is_hopper: bool, vocab: int, rows: int) -> RowTile:
+    """The tile for rows of this length. Ids do not depend on it: masses are integers and tokens are drawn in index order."""
+    if is_hopper:
+        few, many = next(tiles for limit, *tiles in SM90_TILES if vocab <= limit)
+        return few if rows <= FEW_ROWS else many
+    return next(tile for limit, tile in SM80_TILES if vocab <= limit)

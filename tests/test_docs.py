@@ -1,0 +1,105 @@
+"""The documentation runs: every python block of the README and of docs/ is executed on the CPU reference backend.
+
+Blocks of one page share a namespace, as a reader's session would. An HTML comment on the line before a block changes that:
+
+    <!-- test: gpu -->      needs a GPU; only compiled here
+    <!-- test: sketch -->   an excerpt that is not meant to run; only compiled here
+    <!-- test: fresh -->    starts a new namespace
+
+The quick-start pages must hold the examples' code: English and Chinese differ in prose and comments only.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- *test: *(?P<mode>\w+) *-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+QUICKSTART_EXAMPLES = [
+    "01_single_decode", "02_single_prefill", "03_rope", "04_batch_decode", "05_generate", "06_paged_kv", "07_sampling", "08_fp8_kv", "09_cuda_graph",
+]  # fmt: skip
+
+
+class Block(NamedTuple):
+    mode: str
+    line: int
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(m["mode"] or "run", text.count("\n", 0, m.start("code")) + 1, m["code"]) for m in BLOCK.finditer(text)
+    ]
+
+
+def meaning(code: str) -> str:
+    """The code without comments, docstrings and formatting."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    for block in blocks(page):
+        assert block.mode in ("run", "gpu", "sketch", "fresh"), f"{page.name}:{block.line}: unknown mode {block.mode}"
+        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")  # tracebacks show the page's line
+        if block.mode in ("gpu", "sketch"):
+            continue
+        if block.mode == "fresh":
+            namespace = {"__name__": "docs"}
+        try:
+            exec(code, namespace)
+        except SystemExit as stop:
+            assert not stop.code
+
+
+@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/zh/quickstart.md"])
+def test_quickstart_pages_hold_the_examples(page: str) -> None:
+    on_page = {meaning(block.code) for block in blocks(ROOT / page)}
+    for name in QUICKSTART_EXAMPLES:
+        example = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+        assert meaning(example) in on_page, f"{page} lacks the code of examples/{name}.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_exist(page: Path) -> None:
+    missing = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
+    assert not missing, f"{page.name} links to {missing}"
+
+
+def test_version_is_stated_once() -> None:
+    import cute_infer
+
+    stated = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert stated and cute_infer.__version__ == stated[1]
+
+
+def test_environment_page_lists_every_variable() -> None:
+    from cute_infer import config
+
+    page = (ROOT / "docs" / "environment.md").read_text()
+    assert set(re.findall(r"^\| `(CUTE_INFER_\w+)`", page, re.MULTILINE)) == set(config.VARIABLES)
+
+
+def test_errors_page_lists_every_class() -> None:
+    from cute_infer import errors
+
+    page = (ROOT / "docs" / "errors.md").read_text()
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.CuteInferError)}
+    listed = set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE))
+    assert classes - listed == {"CuteInferError", "ConfigError"}  # the two bases
+    assert not listed - classes
