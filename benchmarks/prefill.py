@@ -47,4 +47,6 @@ def cases() -> Iterator[PrefillCase]:
                         yield PrefillCase(*heads, batch, seq_len, causal, dtype, rested)
 
 
-QUICK = tuple(PrefillCase(32, 8, batch, seq_len, causal, "bf16", True) for batch, seq_len in ((8, 2048), (2, 8192)) for causal in (True, False))
+QUICK = tuple(
+    PrefillCase(32, 8, batch, seq_len, causal, "bf16", rested=True) for batch, seq_len in ((8, 2048), (2, 8192)) for causal in (True, False)
+)

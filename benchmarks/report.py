@@ -53,11 +53,11 @@ def markdown(content: dict[str, Any]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row["results"]))
     best = min if unit == "us" else max
     gpu = content.get("gpu") or {}
+    commit = (content["commit"] or "unknown")[:12] + (" with local changes" if content["dirty"] else "")
     lines = [
         f"## {content['benchmark']} [{unit}]",
         "",
-        f"{gpu.get('name')}, driver {gpu.get('driver')}, torch {content['versions']['torch']}, commit {(content['commit'] or 'unknown')[:12]}"
-        f"{' with local changes' if content['dirty'] else ''}, {content['date'][:10]}.",
+        f"{gpu.get('name')}, driver {gpu.get('driver')}, torch {content['versions']['torch']}, commit {commit}, {content['date'][:10]}.",
     ]
     for when, ceiling in content.get("ceilings", {}).items():
         lines.append(

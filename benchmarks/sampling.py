@@ -41,6 +41,5 @@ def cases() -> Iterator[SamplingCase]:
                     yield SamplingCase(operation, batch, vocab, shape)
 
 
-QUICK = tuple(
-    SamplingCase(operation, 128, 128256, "peaked") for operation in ("top-p, from logits", "top-k, from logits", "top-k then top-p, from logits")
-)
+QUICK_OPERATIONS = ("top-p, from logits", "top-k, from logits", "top-k then top-p, from logits")
+QUICK = tuple(SamplingCase(operation, 128, 128256, "peaked") for operation in QUICK_OPERATIONS)

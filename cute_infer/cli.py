@@ -87,7 +87,7 @@ def collect_config() -> dict[str, Any]:
         "devices": devices,
         "target": {"arch": config.arch or (devices[0]["code"] if devices else None)},
         "backends": {
-            "kernels": "available" if devices and (compiler or config.bundle) else "no CUDA device" if not devices else "no compiler, no bundle",
+            "kernels": _kernels(bool(devices), bool(compiler or config.bundle)),
             "reference": "available",
             "default": config.backend,
         },
@@ -102,6 +102,12 @@ def collect_config() -> dict[str, Any]:
         },
         "environment": {name: os.environ.get(name) for name in VARIABLES},
     }
+
+
+def _kernels(device: bool, source: bool) -> str:
+    if not device:
+        return "no CUDA device"
+    return "available" if source else "neither a compiler nor a bundle"
 
 
 def _device(index: int) -> dict[str, Any]:

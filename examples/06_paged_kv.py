@@ -26,7 +26,7 @@ print(f"Page table shape: {page_table.shape}")
 print(f"Pages per sequence: {num_pages_per_seq}")
 
 # CSR: the used entries of all rows in one list (indices), and where each row starts in it (indptr).
-table = cute_infer.paged.from_page_table(page_table, page_size=page_size, num_pages_per_seq=num_pages_per_seq)
+table = cute_infer.from_page_table(page_table, page_size=page_size, num_pages_per_seq=num_pages_per_seq)
 
 wrapper = cute_infer.BatchDecodeWithPagedKVCacheWrapper()
 wrapper.plan(table.indptr, table.indices, table.last_page_len, num_heads, num_heads, head_dim, page_size)

@@ -23,9 +23,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- *test: *(?P<mode>\w+) *-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
-QUICKSTART_EXAMPLES = [
-    "01_single_decode", "02_single_prefill", "03_rope", "04_batch_decode", "05_generate", "06_paged_kv", "07_sampling", "08_fp8_kv", "09_cuda_graph",
-]  # fmt: skip
+QUICKSTART_EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("0*.py"))
 
 
 class Block(NamedTuple):

@@ -124,7 +124,7 @@ def merge_partials(
     """Merge the partial results of a split-KV kernel into ``out`` (and ``lse``), in split order. Arguments are not checked.
 
     Args:
-        out_partial: ``[num_splits, rows, num_heads, head_dim]`` fp32, normalized.
+        out_partial: ``[num_splits, rows, num_heads, head_dim]``, normalized; fp32, or the dtype of any other states.
         lse_partial: ``[num_splits, rows, num_heads]`` fp32, **base 2**; ``-inf`` marks a split without tokens.
         out: ``[rows, num_heads, head_dim]`` fp16 | bf16 | fp32, written.
         lse: ``[rows, num_heads]`` fp32 or None; receives the merged base-2 LSE times ``lse_scale`` (ln 2 gives natural logarithms).
@@ -136,6 +136,16 @@ def merge_partials(
         out.copy_(merged)
         if lse is not None:
             lse.copy_(merged_lse * lse_scale)
+
+
+def merge_into(v: torch.Tensor, s: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """:func:`merge_partials` as a torch op, for states of any dtype. Arguments are not checked.
+
+    Args:
+        v: ``[states, rows, num_heads, head_dim]``. s: ``[states, rows, num_heads]`` fp32, **base 2**.
+        out: ``[rows, num_heads, head_dim]``, written. lse: ``[rows, num_heads]`` fp32 or None; receives the merged base-2 LSE.
+    """
+    torch.ops.cute_infer.merge_into(v, s, out, lse)
 
 
 def load_partials_kernel(device: torch.device, o_dtype: torch.dtype, head_dim: int, lse: bool, num_splits: int) -> None:
@@ -223,6 +233,7 @@ _lib = torch.library.Library("cute_infer", "FRAGMENT")
 _lib.define("merge_state(Tensor v_a, Tensor s_a, Tensor v_b, Tensor s_b) -> (Tensor, Tensor)")
 _lib.define("merge_state_(Tensor(a!) v, Tensor(b!) s, Tensor v_other, Tensor s_other, Tensor? mask) -> ()")
 _lib.define("merge_states(Tensor v, Tensor s) -> (Tensor, Tensor)")
+_lib.define("merge_into(Tensor v, Tensor s, Tensor(a!) out, Tensor(b!)? lse) -> ()")
 
 
 def _new_state(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,13 +296,18 @@ def _merge_states_meta(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, 
     return v.new_empty((rows, heads, head_dim)), s.new_empty((rows, heads))
 
 
+def _merge_into_meta(v: torch.Tensor, s: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Everything is written in place: no shapes to report."""
+
+
 for _name, _cuda, _cpu, _meta in (
     ("merge_state", _merge_state_cuda, _merge_state_cpu, _merge_state_meta),
     ("merge_state_", _merge_in_place_cuda, _merge_in_place_cpu, _merge_in_place_meta),
     ("merge_states", _merge_states_cuda, _merge_states_cpu, _merge_states_meta),
+    ("merge_into", merge_partials, merge_partials, _merge_into_meta),
 ):
     _lib.impl(_name, _cuda, "CUDA")
     _lib.impl(_name, _cpu, "CPU")
     _lib.impl(_name, _meta, "Meta")
 
-__all__ = ["load_partials_kernel", "merge_partials", "merge_reference", "merge_state", "merge_state_in_place", "merge_states"]
+__all__ = ["load_partials_kernel", "merge_into", "merge_partials", "merge_reference", "merge_state", "merge_state_in_place", "merge_states"]

@@ -113,27 +113,30 @@ def head_blocks(spec: AttentionSpec) -> int:
     return -(-spec.group_size // ROWS)
 
 
-# Tried in this order; the first that fits twice into an SM's shared memory (or, if none does, once into a CTA's limit) is taken.
+# Tried in this order; the first that stays within BUDGET is taken. KiB per CTA for 16-bit KV unless said otherwise.
 _TABLE = (
-    #  warps, tokens, stages   reason
-    (4, 32, 3, "small rows: 32 tokens a step halve the softmax's fixed cost"),
-    (4, 16, 4, "16 tokens a step for wider rows, three slots in flight"),
-    (4, 16, 3, "two slots of 8 KiB in flight per warp at head_dim 128: 64 KiB per CTA, twice what DRAM latency asks of an SM"),
-    (4, 16, 2, "head_dim 192: one slot in flight per warp"),
-    (2, 16, 3, "head_dim 256 within 99 KiB: half the warps, each with 32 KiB in flight"),
-    (2, 16, 2, "the smallest: head_dim 256 twice per SM"),
+    # warps, tokens, stages
+    (4, 32, 3),  # up to head_dim 56: 32 tokens a step halve the fixed cost of the softmax, two slots in flight
+    (4, 32, 2),  # head_dim 64: 76 KiB
+    (4, 16, 3),  # up to head_dim 104; fp8: 88 KiB at head_dim 128
+    (4, 16, 2),  # head_dim 128: 72 KiB, three CTAs on a Hopper SM; 192,128: 90 KiB
+    (2, 16, 3),  # fewer warps rather than fewer tokens in flight
+    (2, 16, 2),  # head_dim 256: 74 KiB
 )
-_PER_SM = 100 * 1024  # shared memory of the smallest SM of the family (sm_86, sm_89); sm_80 has 164 KiB and sm_90 228 KiB
+BUDGET = 99 * 1024  # the smallest limit of the family (sm_86, sm_89): one tile serves all of them
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
     """The first reason this kernel cannot do ``spec`` on ``target``, or None."""
     if spec.kind != "decode":
         return f"kind={spec.kind} is not decode"
-    return _common_why_not(spec) or _too_large(spec, target)
+    if spec.custom_mask:
+        return "custom masks belong to prefill"
+    return why_not_sm80(spec, min(shared_memory(spec, DecodeSm80Tile(*row)).total for row in _TABLE), target)
 
 
-def _common_why_not(spec: AttentionSpec) -> str | None:
+def why_not_sm80(spec: AttentionSpec, least_smem: int, target: Target) -> str | None:
+    """What both SM80-class kernels refuse; ``least_smem`` is the shared memory of their smallest tile."""
     if spec.q_dtype not in ("float16", "bfloat16"):
         return f"q={spec.q_dtype} is neither float16 nor bfloat16"
     if spec.kv_dtype not in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"):
@@ -145,22 +148,13 @@ def _common_why_not(spec: AttentionSpec) -> str | None:
     for dim in (spec.head_dim_qk, spec.head_dim_vo):
         if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
             return f"head_dim={dim} is not a multiple of 8 from 8 to {MAX_HEAD_DIM}"
-    if spec.kind == "decode" and spec.custom_mask:
-        return "custom masks belong to prefill"
-    return None
-
-
-def _too_large(spec: AttentionSpec, target: Target) -> str | None:
-    need = min(shared_memory(spec, DecodeSm80Tile(*row[:3])).total for row in _TABLE)
-    if need > target.smem_limit:
-        return f"needs {need} bytes of shared memory, {target.arch} has {target.smem_limit}"
+    if least_smem > target.smem_limit:
+        return f"needs {least_smem} bytes of shared memory, {target} offers {target.smem_limit}"
     return None
 
 
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm80Tile:
     """The tile for a batch whose lengths are unknown: KV is split while requests x KV heads leave SMs idle."""
     split = 2 * hints.batch_size * hints.num_kv_heads * head_blocks(spec) <= hints.num_sms
-    tiles = [DecodeSm80Tile(warps, tokens, stages, split) for warps, tokens, stages, _ in _TABLE]
-    sizes = [shared_memory(spec, tile).total for tile in tiles]
-    budget = min(target.smem_limit, _PER_SM)
-    return next(tile for tile, size in zip(tiles, sizes, strict=True) if size <= budget or size == min(sizes))
+    tiles = [DecodeSm80Tile(*row, split_kv=split) for row in _TABLE]
+    return next((tile for tile in tiles if shared_memory(spec, tile).total <= min(BUDGET, target.smem_limit)), tiles[-1])

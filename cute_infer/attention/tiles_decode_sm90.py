@@ -19,6 +19,7 @@ PATH = "cute_infer.attention.kernels.decode_sm90:DecodeSm90"
 
 COLUMNS = 8  # query heads are the N side of mma.m16n8k16
 MAX_GROUP_SIZE = 64
+SLOT_BYTES = 4096  # of K in a slot, and of V: 16 rows of 128 bf16
 SHARED_MEMORY_PER_SM = 228 * 1024  # 1 KiB of it per CTA is the system's
 SHARED_MEMORY_PER_CTA = 227 * 1024
 
@@ -53,8 +54,8 @@ class DecodeSm90Tile:
     stages          slots of a warp's ring.
     tokens          tokens of a slot: a multiple of 16 that divides the page or is divided by it.
     head_tiles      tiles of 8 query heads that one CTA works on; larger groups take several CTAs, which meet the same KV in L2.
-    heads_per_item  neighbouring KV heads one CTA fetches together, so that the short rows of a token that lie side by side in an NHD cache are
-                    read from DRAM at about the same time.
+    heads_per_item  neighbouring KV heads one CTA fetches together, so that the short rows of a token that lie side by side in an NHD cache
+                    are read from DRAM at about the same time.
     ctas_per_sm     what the registers are budgeted for.
     pdl             start while the previous kernel drains; everything it may have written is read after the dependency resolves.
     early_metadata  with pdl, read page tables and lengths before the dependency resolves: only right when the caller knows that the kernel
@@ -139,8 +140,6 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
             return f"head_dim={dim} with {spec.kv_dtype} is not 64 to 256 elements in rows of a multiple of 32 bytes"
     if spec.group_size > MAX_GROUP_SIZE:
         return f"group_size={spec.group_size} exceeds {MAX_GROUP_SIZE}: KV would be read once per 16 query heads"
-    if spec.kv_layout == "paged" and _tokens(spec) == 0:
-        return f"page_size={spec.page_size} is neither 8 nor a multiple of 16: a TMA box would hold a fraction of a slot"
     if spec.pos_encoding == "ROPE_LLAMA":
         return "ROPE_LLAMA rotates K in registers, which the swizzled ring does not allow"
     if spec.custom_mask:
@@ -151,12 +150,12 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
     """The tile for a batch whose lengths are unknown.
 
-    The grid has cluster x items CTAs. While the items do not fill the device once, the cluster makes up for it; a device filled several times over
-    balances mixed lengths by itself; in between a cluster of 4 keeps the last wave short.
+    The grid has cluster x items CTAs. While the items do not fill the device once, the cluster makes up for it; a device filled several
+    times over balances mixed lengths by itself; in between a cluster of 4 keeps the last wave short.
     Measured on one H200, 2026-11-22, prototype of this kernel, 32/8 heads, head_dim 128, page 16 (docs/kernels/decode_sm90.md).
     """
     items = max(1, hints.batch_size * hints.num_kv_heads * head_blocks(spec, _tile(spec, 1, 4)))
-    if items <= 4 and hints.num_sms > 8 * items:  # a tensor-parallel shard of a small batch: one cluster per item cannot draw the bandwidth
+    if items <= 2:  # a tensor-parallel shard of one request: one cluster per item cannot draw the bandwidth
         return _tile(spec, 8, 4, split_kv=True)
     if items <= hints.num_sms // 8:  # bf16 1 x 2048: 5.2 us, 1 x 8192: 11.7 us with 8 kv heads
         return _tile(spec, 8, 4)
@@ -172,9 +171,10 @@ def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
     return _tile(spec, 1, 4, heads_per_item=pair, evict_first=True)  # bf16 256 x 8192: 4610 GB/s
 
 
-def _tile(spec: AttentionSpec, cluster: int, warps: int, heads_per_item: int = 1, evict_first: bool = False, split_kv: bool = False) -> DecodeSm90Tile:
-    """A tile whose rings fill the shared memory left to a CTA: 2 CTAs of up to 4 warps per SM, else 1."""
-    ctas_per_sm = 2 if warps <= 4 else 1
+def _tile(
+    spec: AttentionSpec, cluster: int, warps: int, heads_per_item: int = 1, evict_first: bool = False, split_kv: bool = False
+) -> DecodeSm90Tile:
+    """The deepest tile that fits: 2 CTAs per SM when asked for up to 4 warps and their rings get 2 slots or more, else 1 CTA per SM."""
     # Two tiles of 8 heads (a group of up to 16) share each K and V fragment; wider heads have no registers for that.
     head_tiles = 2 if spec.group_size > COLUMNS and max(spec.head_dim_qk, spec.head_dim_vo) <= 128 else 1
     tile = DecodeSm90Tile(
@@ -184,34 +184,49 @@ def _tile(spec: AttentionSpec, cluster: int, warps: int, heads_per_item: int = 1
         tokens=_tokens(spec),
         head_tiles=head_tiles,
         heads_per_item=heads_per_item,
-        ctas_per_sm=ctas_per_sm,
-        evict_first=evict_first,
         split_kv=split_kv,
     )
     tile = dataclasses.replace(tile, evict_first=evict_first and head_blocks(spec, tile) == 1)
-    budget = min(SHARED_MEMORY_PER_CTA, SHARED_MEMORY_PER_SM // ctas_per_sm - 1024)
-    # 3 slots of 8 KiB per warp measured best at 4 and at 8 warps; more only delays the first release of a page.
-    for stages in (3, 2):
-        deeper = dataclasses.replace(tile, stages=stages)
-        if stages <= id_steps(spec, deeper) and smem_bytes(spec, deeper) <= budget:
-            return deeper
-    return tile
+    # (warps, ctas_per_sm, stages): 3 slots of 8 KiB per warp measured best at 4 and at 8 warps. Rows beyond 256 bytes take 16 KiB per slot.
+    shapes = [(4, 2, 3), (4, 2, 2), (4, 1, 3)] if warps <= 4 else [(8, 1, 3), (8, 1, 2), (4, 1, 3)]
+    for warps, ctas_per_sm, stages in shapes:
+        candidate = dataclasses.replace(tile, warps=warps, ctas_per_sm=ctas_per_sm, stages=stages)
+        if smem_bytes(spec, candidate) <= min(SHARED_MEMORY_PER_CTA, SHARED_MEMORY_PER_SM // ctas_per_sm - 1024):
+            return candidate
+    raise AssertionError(f"no shape fits {spec}")
+
+
+def gathers(spec: AttentionSpec) -> bool:
+    """Whether rows are copied one by one (16-byte cp.async) because no TMA box fits the page: sizes below 8 and odd ones."""
+    return _box_tokens(spec) == 0
+
+
+def tokens_per_id(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
+    """Tokens that one looked-up page id covers: a TMA box, or a single token when rows are gathered."""
+    return 1 if gathers(spec) else min(spec.page_size or tile.tokens, tile.tokens)
 
 
 def id_steps(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
     """Slots whose page ids one coalesced load of a warp covers."""
-    return 32 // (tile.tokens // min(spec.page_size or tile.tokens, tile.tokens))
+    return 32 // (tile.tokens // tokens_per_id(spec, tile))
 
 
 def _tokens(spec: AttentionSpec) -> int:
-    """Tokens of a slot: about 4 KiB of K (8 KiB of K and V), and a whole number of pages or of slots per page; 0 when no size fits."""
-    row_bytes = max(spec.head_dim_qk, spec.head_dim_vo) * spec.kv_bits // 8
+    """Tokens of a slot: what :func:`_box_tokens` wants, or at most 32 (one per lane) when rows are gathered."""
+    return _box_tokens(spec) or next(t for t in (32, 16) if t == 16 or t * _row_bytes(spec) <= SLOT_BYTES)
+
+
+def _box_tokens(spec: AttentionSpec) -> int:
+    """The most tokens a slot of boxes may have: about 4 KiB of K, and a whole number of pages or of slots per page; 0 when no size fits."""
     for tokens in (64, 32, 16):
-        fits = tokens == 16 or tokens * row_bytes <= 4096
         page = spec.page_size or tokens
-        if fits and page % 8 == 0 and (page % tokens == 0 or tokens % page == 0):
+        if (tokens == 16 or tokens * _row_bytes(spec) <= SLOT_BYTES) and page % 8 == 0 and (page % tokens == 0 or tokens % page == 0):
             return tokens
     return 0
+
+
+def _row_bytes(spec: AttentionSpec) -> int:
+    return max(spec.head_dim_qk, spec.head_dim_vo) * spec.kv_bits // 8
 
 
 def _round_up(n: int, to: int) -> int:

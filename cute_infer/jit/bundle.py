@@ -52,7 +52,7 @@ class Bundle:
             self.manifest = json.loads(text)
             found = self.manifest["format"]
         except (OSError, ValueError, KeyError) as error:
-            fail(CacheError, f"{directory} is not a kernel bundle", got=f"{type(error).__name__}: {error}", fix="cute-infer compile --out ...")
+            fail(CacheError, f"{directory} is not a kernel bundle", got=repr(error), fix="build one with `cute-infer compile --out`")
         if found != FORMAT:
             fail(CacheError, f"{directory} has another bundle format", got=found, expected=FORMAT, fix="build it again with this version")
         self.unusable = self._why_unusable()
@@ -86,12 +86,13 @@ class Bundle:
 
             library = self.manifest["libraries"][arch]
             (content,) = trust.read_files(self.directory, (library["file"],))
+            file = self.directory / library["file"]
             found = hashlib.sha256(content).hexdigest()
             if found != library["sha256"]:
-                fail(CacheError, f"{self.directory / library['file']} was altered", got=found, expected=library["sha256"], fix="build it again")
+                fail(CacheError, f"{file} was altered", got=found, expected=library["sha256"], fix="build it again")
             # The kernels' undefined symbols are found in the global scope only.
             ctypes.CDLL(str(runtime_library()), mode=ctypes.RTLD_GLOBAL)
-            self._libraries[arch] = tvm_ffi.load_module(str(self.directory / library["file"]))
+            self._libraries[arch] = tvm_ffi.load_module(str(file))
         return self._libraries[arch]
 
 

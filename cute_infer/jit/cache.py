@@ -189,7 +189,11 @@ class DiskCache:
 
     def size(self) -> int:
         """Bytes of all entries."""
-        return sum(file.stat().st_size for key in self.keys() for file in self.directory(key).iterdir())
+        total = 0
+        for key in self.keys():
+            with contextlib.suppress(FileNotFoundError):  # removed by another process just now
+                total += sum(file.stat().st_size for file in self.directory(key).iterdir())
+        return total
 
     def verify(self) -> dict[str, str | None]:
         """Check every entry without moving any: key -> what is wrong with it, or None."""
@@ -263,5 +267,6 @@ def describe(fields: dict[str, Any]) -> str:
     words = [fields["path"].partition(":")[0].rpartition(".")[2], fields["arch"]]
     for part in (fields["spec"], fields["tile"]):
         values = part["fields"] if isinstance(part, dict) else {}
-        words += [f"{name}={canonical_json(value)}".replace('"', "") for name, value in values.items() if value not in (None, False)] + ["|"]
+        words += [f"{name}={canonical_json(value)}".replace('"', "") for name, value in values.items() if value not in (None, False)]
+        words.append("|")
     return " ".join(words[:-1])

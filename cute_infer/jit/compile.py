@@ -119,7 +119,7 @@ def cache_stats() -> CacheStats:
 
 
 def forget() -> None:
-    """Drop every kernel from memory (not from disk), the counters and :func:`freeze`. For tests, and in a child of fork()."""
+    """Drop every kernel from memory (not from disk), the counters and :func:`freeze`. For tests."""
     global _state
     _state = _State()
     _bundle.cache_clear()
@@ -224,7 +224,11 @@ def compile_command(request: Request) -> str:
     return f"cute-infer compile --variant {shlex.quote(canonical_json(request.to_data()))}"
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=forget)
+def _after_fork() -> None:
+    frozen = _state.frozen
+    forget()
+    _state.frozen = frozen
 
-__all__ = ["CacheStats", "CompiledKernel", "cache_stats", "compile_command", "disk_cache", "forget", "freeze", "get_entry", "get_kernel", "thaw"]
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

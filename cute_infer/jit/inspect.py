@@ -91,8 +91,8 @@ def kernel_facts(ptx: str, ptxas_report: str, llvm_ir: str, flavour: str) -> Ker
         ValueError: the report has no register count, so nothing can be said about spills.
     """
 
-    def largest(pattern: str) -> int:
-        return max((sum(map(int, found if isinstance(found, tuple) else (found,))) for found in re.findall(pattern, ptxas_report)), default=0)
+    def largest(pattern: str) -> int:  # of the sums of a pattern's groups
+        return max((sum(map(int, found.groups())) for found in re.finditer(pattern, ptxas_report)), default=0)
 
     registers = largest(r"Used (\d+) registers")
     if not registers:

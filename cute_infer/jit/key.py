@@ -2,8 +2,8 @@
 
 Two keys, because a machine that only runs prebuilt kernels has no compiler to ask for its version:
 
-    request_key  what was asked for    class path, spec, tile, architecture, fingerprint of the kernel sources     bundles are looked up by it
-    object_key   how it was made       request_key, toolchain versions and flavour, code-changing environment      disk entries are named by it
+    request_key  what was asked for: class path, spec, tile, architecture, fingerprint of the kernel sources    bundles are searched by it
+    object_key   how it was made: request_key, toolchain versions and flavour, code-changing environment        disk entries are named by it
 
 The GPU's name and SM count are in neither: kernels compiled without a GPU must match on any device of the architecture.
 """
@@ -60,7 +60,8 @@ def encode(value: Any) -> Any:
         raise TypeError(f"{value} cannot name a kernel")
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise TypeError(f"{type(value).__qualname__} {value!r} cannot name a kernel: use None, bool, int, float, str, tuple or a frozen dataclass")
+    allowed = "None, bool, int, float, str, tuple or a frozen dataclass"
+    raise TypeError(f"{type(value).__qualname__} {value!r} cannot name a kernel: use {allowed}")
 
 
 def decode(data: Any) -> Any:

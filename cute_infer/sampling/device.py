@@ -3,6 +3,8 @@
 Nothing here knows about top-k or top-p. The torch twins of ``order_key``, ``uniform53`` and the mass arithmetic are in ``reference.py``.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32, Uint64, const_expr
@@ -23,6 +25,40 @@ def key_value(key: Uint32) -> Float32:
     """Inverse of :func:`order_key`."""
     flip = ((key >> Uint32(31)) - Uint32(1)) | Uint32(0x80000000)
     return (key ^ flip).bitcast(Float32)
+
+
+@cute.jit
+def opaque(x: Float32) -> Float32:
+    """x, computed anew as far as the compiler knows: stops it from keeping whole rows of derived values live across a loop."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+class Thread(NamedTuple):
+    """Where this thread stands: in the CTA, its CTA in the cluster, its warp in the row."""
+
+    tid: Int32
+    lane: Int32
+    warp: Int32
+    rank: Int32
+    warp_in_row: Int32
+
+
+@cute.jit
+def this_thread(warps: cutlass.Constexpr, cluster: cutlass.Constexpr) -> Thread:
+    """Read from special registers at every call: cheaper than five registers held through the whole kernel."""
+    tid = cute.arch.inline_ptx("mov.u32 {$w0}, %%tid.x;", write_only_types=[Int32])
+    rank = Int32(0)
+    if const_expr(cluster > 1):
+        rank = cute.arch.inline_ptx("mov.u32 {$w0}, %%cluster_ctarank;", write_only_types=[Int32])
+    warp = tid >> 5
+    return Thread(tid, tid & 31, warp, rank, rank * warps + warp)
+
+
+@cute.jit
+def this_slot(cluster: cutlass.Constexpr) -> Int32:
+    """The row of the output that this CTA's cluster makes."""
+    block = cute.arch.inline_ptx("mov.u32 {$w0}, %%ctaid.x;", write_only_types=[Int32])
+    return block // cluster
 
 
 @cute.jit

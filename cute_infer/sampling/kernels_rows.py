@@ -39,13 +39,17 @@ from cutlass.memory import SmemAllocator
 
 from .device import (
     KEY_NEG_INF,
+    Thread,
     add_wide,
     draw_below,
     key_value,
+    opaque,
     order_key,
     peer_load,
     peer_load_i64,
     row_sync,
+    this_slot,
+    this_thread,
     uniform53,
     warp_inclusive_sum,
 )
@@ -92,24 +96,8 @@ class Scratch(NamedTuple):
     scan_mass: cute.Tensor
     answer: cute.Tensor
     answer_mass: cute.Tensor
-
-
-class Thread(NamedTuple):
-    tid: Int32
-    lane: Int32
-    warp: Int32
-    rank: Int32  # CTA in cluster
-    warp_in_row: Int32
-
-
-class Bin(NamedTuple):
-    """A histogram bin and what lies above it. index is -1 when no bin reaches the limits."""
-
-    index: Int32
-    count_above: Int32
-    mass_above: Int64
-    count: Int32
-    mass: Int64
+    count_limit: cute.Tensor
+    mass_limit: cute.Tensor
 
 
 class RowKernel:
@@ -228,20 +216,12 @@ class RowKernel:
         offset_value: Int64,
         row_in_counter: Int32,
     ):
-        tid = cute.arch.thread_idx()[0]
-        block = cute.arch.block_idx()[0]
-        slot = block // self.tile.cluster
-        rank = block % self.tile.cluster
-        at = Thread(tid, tid % 32, tid // 32, rank, rank * self.warps + tid // 32)
+        slot = this_slot(self.tile.cluster)
         smem = self.allocate()
-        source_row = slot
-        if const_expr(self.spec.indices):
-            source_row = indices[slot]
         if const_expr(self.searches):
-            self.clear(smem, at, Int32(0))
-            self.clear(smem, at, Int32(1))
-
-        row, thread_max, minimum = self.read_row(x[Int64(source_row), None], at, smem)
+            self.clear(smem, Int32(0))
+            self.clear(smem, Int32(1))
+        row, thread_max, minimum = self.read_row(self.source_row(x, indices, slot), smem)
         m = row.maximum
         is_valid = m - m == Float32(0.0)  # not NaN, not infinite
         if const_expr(not self.is_logits):
@@ -264,22 +244,24 @@ class RowKernel:
             if const_expr(self.has_p):
                 p = self.parameter(top_p, top_p_value, slot)
             if is_valid and minimum < m and not greedy:
-                threshold_key = self.search(row, smem, at, thread_max, k, p)
+                threshold_key = self.search(row, smem, thread_max, k, p)
         threshold = key_value(threshold_key)
         if greedy and is_valid:
             threshold = m
 
+        slot = this_slot(self.tile.cluster)  # read anew: pointers into this row need not survive the search
+        row = self.place(row, self.source_row(x, indices, slot))
         if const_expr(self.draws):
             floor = self.min_p_floor(row, min_p, min_p_value, slot)
             bits = uniform53(
-                seed_value if const_expr(self.spec.seed != "row") else seed[slot],
-                offset_value if const_expr(self.spec.offset != "row") else offset[slot],
+                self.parameter(seed, seed_value, slot),
+                self.parameter(offset, offset_value, slot),
                 slot * row_in_counter,
                 Int32(0),
             )
-            self.draw(row, smem, at, slot, threshold, floor, bits, greedy, is_valid, out, valid, logprob)
+            self.draw(row, smem, slot, threshold, floor, bits, greedy, is_valid, out, valid, logprob)
         else:
-            self.write(row, smem, at, threshold, greedy, is_valid, out[Int64(slot), None])
+            self.write(row, smem, threshold, greedy, is_valid, out[Int64(slot), None])
 
     # ---- memory ---------------------------------------------------------------------------------------------------------------------
 
@@ -306,6 +288,8 @@ class RowKernel:
             array(Int64, 32),
             array(Int32, 4),
             array(Int64, 2),
+            array(Int32, 1),
+            array(Int64, 1),
         )
 
     @cute.jit
@@ -314,6 +298,27 @@ class RowKernel:
         if const_expr(tensor is None):
             return value
         return tensor[slot]
+
+    @cute.jit
+    def thread(self) -> Thread:
+        return this_thread(self.warps, self.tile.cluster)
+
+    @cute.jit
+    def source_row(self, x: cute.Tensor, indices, slot: Int32) -> cute.Tensor:
+        return x[Int64(self.parameter(indices, slot, slot)), None]
+
+    @cute.jit
+    def place(self, row: Row, source: cute.Tensor) -> Row:
+        """row with its source, its length and this thread's stretch of it."""
+        vocab = source.shape[0]
+        chunks = self.static_chunks
+        if const_expr(not self.resident):
+            stretch = self.row_warps * 32 * self.vector
+            chunks = (vocab + stretch - 1) // stretch
+        at = self.thread()
+        return row._replace(
+            source=source, vocab=Int32(vocab), chunks=Int32(chunks), first_vector=at.warp_in_row * (chunks * 32) + at.lane
+        )
 
     @cute.jit
     def load(self, source: cute.Tensor, vector_idx: Int32, vocab: Int32, values: cute.Tensor):
@@ -335,10 +340,12 @@ class RowKernel:
     @cute.jit
     def chunk(self, row: Row, c: Int32) -> cute.Tensor:
         """Chunk c of this thread: registers, or memory again."""
-        if const_expr(self.resident):
-            return row.values[None, c]
         values = cute.make_rmem_tensor(self.vector, Float32)
-        self.load(row.source, row.first_vector + c * 32, row.vocab, values)
+        if const_expr(self.resident):
+            for j in cutlass.range_constexpr(self.vector):
+                values[j] = opaque(row.values[j, c])  # else masses and keys of one pass would be kept for the next
+        else:
+            self.load(row.source, row.first_vector + c * 32, row.vocab, values)
         return values
 
     @cute.jit
@@ -348,20 +355,15 @@ class RowKernel:
     # ---- extremes -------------------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def read_row(self, source: cute.Tensor, at: Thread, smem: Scratch):
+    def read_row(self, source: cute.Tensor, smem: Scratch):
         """(row, this thread's maximum, the row's smallest value that matters); row.maximum is NaN when any element is."""
-        vocab = source.shape[0]
-        chunks = self.static_chunks
-        if const_expr(not self.resident):
-            stretch = self.row_warps * 32 * self.vector
-            chunks = (vocab + stretch - 1) // stretch
-        first_vector = at.warp_in_row * (chunks * 32) + at.lane
+        at = self.thread()
         values = cute.make_rmem_tensor(cute.make_layout((self.vector, self.static_chunks)), Float32)
-        nothing = Float32(0.0)
-        row = Row(values, source, vocab, Int32(chunks), first_vector, nothing, nothing, nothing, Uint32(0))
+        none, zero = Int32(0), Float32(0.0)
+        row = self.place(Row(values, source, none, none, none, zero, zero, zero, Uint32(0)), source)
         if const_expr(self.resident):
             for c in cutlass.range_constexpr(self.static_chunks):
-                self.load(source, first_vector + c * 32, vocab, values[None, c])
+                self.load(source, row.first_vector + c * 32, row.vocab, values[None, c])
 
         high, low = -Float32.inf, Float32.inf
         lowest = -Float32.inf if const_expr(self.is_logits) else Float32(0.0)
@@ -439,38 +441,39 @@ class RowKernel:
     # ---- threshold search -----------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def search(self, row: Row, smem: Scratch, at: Thread, thread_max: Float32, k: Int32, p: Float32) -> Uint32:
+    def search(self, row: Row, smem: Scratch, thread_max: Float32, k: Int32, p: Float32) -> Uint32:
         """Smallest key that top-k and top-p keep. Every value it branches on is the same in the whole cluster."""
         use_k = k > 0 and k < row.vocab
         use_p = p < Float32(1.0)
-        k_limit = k if use_k else Int32(NO_COUNT)
         p_limit = Int64(NO_MASS)
         smallest = Uint32(0)  # masses up to this cannot be needed to reach p_limit
         last_bin = Int32(BINS - 1)
         after_k = use_k and use_p if const_expr(self.spec.k_first) else k != k
         if const_expr(self.has_p):
             if use_p and not after_k:
-                total = self.total_mass(row, smem, at)
+                total = self.total_mass(row, smem)
                 p_limit = self.nucleus(p, total)
                 # vocab * smallest <= total - p_limit, so the masses above `smallest` still reach p_limit. Rounded down generously.
                 slack = Float32(total - p_limit) / Float32(row.vocab) * Float32(0.999)
                 smallest = Uint32(slack)
         if const_expr(self.has_k):
             if use_k:
-                last_bin = self.cut(row, smem, at, thread_max, k)
+                last_bin = self.cut(row, smem, thread_max, k)
         key = Uint32(KEY_NEG_INF)
         if use_k or use_p:
+            self.set_limits(smem, k if use_k else Int32(NO_COUNT), p_limit)
             self.tally_coarse(row, smem, last_bin, smallest, use_k, use_p)
             row_sync(self.tile.cluster)
-            found = self.find(smem, at, Int32(0), Int32(0), Int64(0), k_limit, p_limit)
-            if found.index >= 0:
-                key, reached, buffer = self.refine(row, smem, at, found, k_limit, p_limit, use_p, Int32(1))
-                if const_expr(self.has_p and self.spec.k_first):
+            found = self.find(smem, Int32(0), True)
+            if found >= 0:
+                key, buffer = self.refine(row, smem, found, use_p, Int32(1))
+                if const_expr(self.has_k and self.has_p and self.spec.k_first):
                     if after_k:
-                        p_limit = self.nucleus(p, reached)
-                        found = self.find(smem, at, Int32(0), Int32(0), Int64(0), Int32(NO_COUNT), p_limit)
-                        if found.index >= 0:
-                            key_p, _, _ = self.refine(row, smem, at, found, Int32(NO_COUNT), p_limit, use_p, buffer)
+                        p_limit = self.nucleus(p, smem.answer_mass[0] + smem.answer_mass[1])
+                        self.set_limits(smem, Int32(NO_COUNT), p_limit)
+                        found = self.find(smem, Int32(0), True)
+                        if found >= 0:
+                            key_p, _ = self.refine(row, smem, found, use_p, buffer)
                             if key_p > key:
                                 key = key_p
         return key
@@ -485,26 +488,28 @@ class RowKernel:
         return limit if limit > Int64(1) else Int64(1)
 
     @cute.jit
-    def total_mass(self, row: Row, smem: Scratch, at: Thread) -> Int64:
+    def total_mass(self, row: Row, smem: Scratch) -> Int64:
         mine = Int64(0)
         for c in cutlass.range(self.loop_bound(row), unroll=self.unroll, unroll_full=self.resident):
             x = self.chunk(row, c)
             for j in cutlass.range_constexpr(self.vector):
                 mine += Int64(self.mass(row, x[j]))
-        total, _, _ = self.row_prefix(mine, smem.total_low, smem.total_high, at)
+        total, _, _ = self.row_prefix(mine, smem.total_low, smem.total_high)
         return total
 
     @cute.jit
-    def cut(self, row: Row, smem: Scratch, at: Thread, thread_max: Float32, k: Int32) -> Int32:
+    def cut(self, row: Row, smem: Scratch, thread_max: Float32, k: Int32) -> Int32:
         """A level-0 bin that top-k's threshold cannot lie below: k thread maxima are in it or above. The last bin if there are fewer."""
         if self.counts(thread_max):
             cute.arch.atomic_add(smem.count.iterator + (BINS + self.coarse_bin(row, thread_max)), Uint32(1), sem="relaxed", scope="cta")
+        self.set_limits(smem, k, Int64(NO_MASS))
         row_sync(self.tile.cluster)
-        found = self.find(smem, at, Int32(1), Int32(0), Int64(0), k, Int64(NO_MASS))
-        return found.index if found.index >= 0 else Int32(BINS - 1)
+        found = self.find(smem, Int32(1), True)
+        return found if found >= 0 else Int32(BINS - 1)
 
     @cute.jit
-    def clear(self, smem: Scratch, at: Thread, buffer: Int32):
+    def clear(self, smem: Scratch, buffer: Int32):
+        at = self.thread()
         for j in cutlass.range_constexpr(self.bins_per_thread):
             i = buffer * BINS + j * self.tile.threads + at.tid
             smem.count[i] = Uint32(0)
@@ -544,29 +549,42 @@ class RowKernel:
                             add_wide(smem.mass_low, smem.mass_high, i, self.mass(row, x[j]))
 
     @cute.jit
-    def find(
-        self, smem: Scratch, at: Thread, buffer: Int32, count_above: Int32, mass_above: Int64, k_limit: Int32, p_limit: Int64
-    ) -> Bin:
-        """First bin, from the top, at which the running count reaches k_limit or the running mass p_limit.
+    def set_limits(self, smem: Scratch, k_limit: Int32, p_limit: Int64):
+        """What the next `find` looks for; in shared memory, where it costs no registers."""
+        if self.thread().tid == 0:
+            smem.count_limit[0] = k_limit
+            smem.mass_limit[0] = p_limit
 
-        The running sums start at count_above and mass_above. Called by all threads, after the barrier that completes the histogram.
+    @cute.jit
+    def find(self, smem: Scratch, buffer: Int32, from_top: cutlass.Constexpr) -> Int32:
+        """First bin, from the top, at which the running count or the running mass reaches its limit; -1 if none does.
+
+        The running sums start at zero (from_top) or at what lies above the bin found last. All threads call this after the barrier that
+        completes the histogram. Also left in shared memory: answer = (bin, count above, count), answer_mass = (mass above, mass).
         """
         cute.arch.sync_threads()  # everybody has read the previous answer
+        at = self.thread()
         per, cluster = self.bins_per_thread, self.tile.cluster
+        count, mass = Int32(0), Int64(0)
+        if const_expr(not from_top):
+            count = smem.answer[1]
+            mass = smem.answer_mass[0]
         counts = cute.make_rmem_tensor(per, Int32)
         masses = cute.make_rmem_tensor(per, Int64)
+        for j in cutlass.range_constexpr(per):
+            counts[j] = Int32(0)
+            masses[j] = Int64(0)
+        for step in cutlass.range(cluster, unroll=2):
+            peer = (at.rank + step) % cluster  # every CTA starts with another peer
+            for j in cutlass.range_constexpr(per):
+                i = buffer * BINS + at.tid * per + j
+                counts[j] = counts[j] + Int32(peer_load(smem.count, i, peer, cluster))
+                if const_expr(self.has_p):
+                    masses[j] = masses[j] + peer_load_i64(smem.mass_low, smem.mass_high, i, peer, cluster)
         my_count, my_mass = Int32(0), Int64(0)
         for j in cutlass.range_constexpr(per):
-            i = buffer * BINS + at.tid * per + j
-            n, q = Int32(0), Int64(0)
-            for r in cutlass.range_constexpr(cluster):
-                n += Int32(peer_load(smem.count, i, Int32(r), cluster))
-                if const_expr(self.has_p):
-                    q += peer_load_i64(smem.mass_low, smem.mass_high, i, Int32(r), cluster)
-            counts[j] = n
-            masses[j] = q
-            my_count += n
-            my_mass += q
+            my_count += counts[j]
+            my_mass += masses[j]
         count_to = warp_inclusive_sum(my_count, at.lane)
         mass_to = Int64(0)
         if const_expr(self.has_p):
@@ -574,16 +592,16 @@ class RowKernel:
         if at.lane == 31:
             smem.scan_count[at.warp] = count_to
             smem.scan_mass[at.warp] = mass_to
+        count += count_to - my_count
+        mass += mass_to - my_mass
         if at.tid == 0:
             smem.answer[0] = Int32(-1)
         cute.arch.sync_threads()
-        count = count_above + count_to - my_count
-        mass = mass_above + mass_to - my_mass
-        for w in cutlass.range_constexpr(self.warps):
-            if w < at.warp:
-                count += smem.scan_count[w]
-                if const_expr(self.has_p):
-                    mass += smem.scan_mass[w]
+        for w in cutlass.range(at.warp, unroll=4):
+            count += smem.scan_count[w]
+            if const_expr(self.has_p):
+                mass += smem.scan_mass[w]
+        k_limit, p_limit = smem.count_limit[0], smem.mass_limit[0]
         for j in cutlass.range_constexpr(per):
             before = count >= k_limit or mass >= p_limit
             after = count + counts[j] >= k_limit or mass + masses[j] >= p_limit
@@ -596,29 +614,30 @@ class RowKernel:
             count += counts[j]
             mass += masses[j]
         cute.arch.sync_threads()
-        return Bin(smem.answer[0], smem.answer[1], smem.answer_mass[0], smem.answer[2], smem.answer_mass[1])
+        return smem.answer[0]
 
     @cute.jit
-    def coarse_range(self, row: Row, at: Thread, b: Int32):
+    def coarse_range(self, row: Row, b: Int32):
         """(lowest, highest) key of level-0 bin b."""
         top = order_key(row.maximum)
         if const_expr(self.is_logits):
-            low = self.lowest_key(row, at, b)
+            lane = self.thread().lane
+            low = self.lowest_key(row, lane, b)
             high = top
             if b > 0:
-                high = self.lowest_key(row, at, b - 1) - Uint32(1)
+                high = self.lowest_key(row, lane, b - 1) - Uint32(1)
             return low, high
         high = top - (Uint32(b) << row.bin_shift)
         low = high - ((Uint32(1) << row.bin_shift) - Uint32(1))
         return low if b < BINS - 1 else Uint32(KEY_NEG_INF), high
 
     @cute.jit
-    def lowest_key(self, row: Row, at: Thread, b: Int32) -> Uint32:
+    def lowest_key(self, row: Row, lane: Int32, b: Int32) -> Uint32:
         """Smallest key whose level-0 bin is <= b: the rounding of coarse_bin is inverted exactly, 32 probes of a warp at a time."""
         low, high = Uint32(KEY_NEG_INF), order_key(row.maximum)
         for _ in cutlass.range(7, unroll=1):  # 32 bits, 5 per round
             step = ((high - low) >> Uint32(5)) + Uint32(1)
-            probe = low + Uint32(at.lane) * step
+            probe = low + Uint32(lane) * step
             probe = probe if probe < high else high
             ballot = cute.arch.vote_ballot_sync(self.coarse_bin(row, key_value(probe)) <= b)
             first = Uint32(cute.arch.popc((ballot & -ballot) - Int32(1)))  # first lane that holds; 32 if none
@@ -631,33 +650,32 @@ class RowKernel:
         return high
 
     @cute.jit
-    def refine(self, row: Row, smem: Scratch, at: Thread, found: Bin, k_limit: Int32, p_limit: Int64, use_p, buffer: Int32):
-        """Split the bin until one distinct value (or one element) is left. Returns (threshold key, mass down to it, next buffer)."""
-        low, high = self.coarse_range(row, at, found.index)
-        count_above, mass_above, count, mass = found.count_above, found.mass_above, found.count, found.mass
-        while low < high and count != 1:
+    def refine(self, row: Row, smem: Scratch, coarse: Int32, use_p, buffer: Int32):
+        """Split the bin until one distinct value (or one element) is left. Returns (threshold key, buffer for the next level)."""
+        low, high = self.coarse_range(row, coarse)
+        while low < high and smem.answer[2] != 1:
             shift = self.bin_shift(high - low)
-            self.clear(smem, at, buffer)
+            self.clear(smem, buffer)
             cute.arch.sync_threads()
             self.tally_keys(row, smem, low, high, shift, buffer, use_p)
             row_sync(self.tile.cluster)
-            part = self.find(smem, at, buffer, count_above, mass_above, k_limit, p_limit)
+            part = self.find(smem, buffer, False)
             buffer = Int32(3) - buffer
-            if part.index >= 0:
-                high = high - (Uint32(part.index) << shift)
+            if part >= 0:
+                high = high - (Uint32(part) << shift)
                 span = (Uint32(1) << shift) - Uint32(1)
                 if high - low > span:
                     low = high - span
-                count_above, mass_above, count, mass = part.count_above, part.mass_above, part.count, part.mass
             else:
                 high = low  # cannot happen: the bin was chosen because it reaches a limit
-        return low, mass_above + mass, buffer
+        return low, buffer
 
     # ---- sums over the row ------------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def row_prefix(self, mine: Int64, low: cute.Tensor, high: cute.Tensor, at: Thread):
+    def row_prefix(self, mine: Int64, low: cute.Tensor, high: cute.Tensor):
         """(sum over the row, sum over all earlier warps, this warp's sum) of one integer per thread. One barrier."""
+        at = self.thread()
         own = warp_inclusive_sum(mine, at.lane)
         if at.lane == 31:
             low[at.warp] = Uint32(own)
@@ -705,7 +723,6 @@ class RowKernel:
         self,
         row: Row,
         smem: Scratch,
-        at: Thread,
         slot: Int32,
         threshold: Float32,
         floor: Float32,
@@ -722,10 +739,11 @@ class RowKernel:
             x = self.chunk(row, c)
             for j in cutlass.range_constexpr(self.vector):
                 mine += Int64(self.kept_mass(row, x[j], threshold, floor))
-        total, before, own = self.row_prefix(mine, smem.kept_low, smem.kept_high, at)
+        total, before, own = self.row_prefix(mine, smem.kept_low, smem.kept_high)
         if const_expr(self.tile.cluster > 1):
             cute.arch.cluster_arrive()  # this CTA has read its peers for the last time
         target = Int64(0) if greedy else draw_below(bits, total)
+        lane, warp_in_row = self.thread().lane, self.thread().warp_in_row
         if is_valid and before <= target and target < before + own:
             for c in cutlass.range(self.loop_bound(row), unroll=1):
                 x = cute.make_rmem_tensor(self.vector, Float32)
@@ -734,7 +752,7 @@ class RowKernel:
                 lane_mass = Int64(0)
                 for j in cutlass.range_constexpr(self.vector):
                     lane_mass += Int64(self.kept_mass(row, x[j], threshold, floor))
-                to_here = warp_inclusive_sum(lane_mass, at.lane)
+                to_here = warp_inclusive_sum(lane_mass, lane)
                 running = before + to_here - lane_mass
                 for j in cutlass.range_constexpr(self.vector):
                     w = self.kept_mass(row, x[j], threshold, floor)
@@ -745,7 +763,7 @@ class RowKernel:
                             logprob[slot] = Float32(LN_2) * cute.math.log2(Float32(w) / Float32(total))
                     running += Int64(w)
                 before += cute.arch.shuffle_sync(to_here, 31)
-        if not is_valid and at.warp_in_row == 0 and at.lane == 0:
+        if not is_valid and warp_in_row == 0 and lane == 0:
             out[slot] = Int32(0)
             valid[slot] = Uint8(0)
             if const_expr(self.spec.logprob):
@@ -754,7 +772,7 @@ class RowKernel:
             cute.arch.cluster_wait()  # peers may still be reading this CTA's shared memory
 
     @cute.jit
-    def write(self, row: Row, smem: Scratch, at: Thread, threshold: Float32, greedy, is_valid, out: cute.Tensor):
+    def write(self, row: Row, smem: Scratch, threshold: Float32, greedy, is_valid, out: cute.Tensor):
         """The whole row: kept logits or -inf ("mask"), kept masses over their sum ("softmax", "renorm")."""
         share, filler = Float32(0.0), Float32(0.0)
         if const_expr(self.spec.output != "mask"):
@@ -764,7 +782,7 @@ class RowKernel:
                 for j in cutlass.range_constexpr(self.vector):
                     mine += self.real_mass(row, x[j]) if x[j] >= threshold else Float32(0.0)
             # thread sums of at most 64 * 2**31 become integers in units of 2**-40 of the largest mass: the rest of the sum is exact
-            total, _, _ = self.row_prefix(Int64(mine * Float32(512.0)), smem.kept_low, smem.kept_high, at)
+            total, _, _ = self.row_prefix(Int64(mine * Float32(512.0)), smem.kept_low, smem.kept_high)
             share = Float32(512.0) / Float32(total)
             if row.maximum != row.maximum:
                 filler = row.maximum  # NaN in, NaN out; an all -inf or all-zero row becomes zeros

@@ -3,8 +3,8 @@
 A KV cache is ``[pages, page_size, num_kv_heads, head_dim]`` with 64-bit strides; ragged and single caches are one page that holds every
 token. Address arithmetic is 64-bit throughout: caches larger than 2^31 elements are ordinary.
 
-A page id outside ``[0, pages)`` or an index past the end of ``kv_indices`` is never followed: its tokens arrive as zeros and ``status[0]``
-becomes 1. Tokens outside the visible range ``[lo, hi)`` arrive as zeros too, so that stale memory (a partly filled last page, pages
+A page id outside ``[0, pages)``, an index past the end of ``kv_indices`` or a token past the end of a ragged K is never followed: zeros
+arrive instead and ``status[0]`` becomes 1. Tokens outside the visible range ``[lo, hi)`` arrive as zeros too, so that stale memory (a partly filled last page, pages
 that slid out of the window) cannot reach V as 0 * NaN.
 
 How a tile is copied: ``lanes_per_row`` neighbouring threads take one row, 16 bytes each, 128 contiguous bytes per request; a group of
@@ -14,7 +14,7 @@ fetches the ids of a tile one tile ahead, so the page table's latency is hidden 
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Constexpr, Int32, Int64, Uint32, const_expr
 
 from .mma import copy_async_16
 
@@ -55,8 +55,36 @@ def passes(rows: int, threads: int, lanes: int) -> int:
 def load_page_ids(
     spec: Constexpr,
     ids: cute.Tensor,
-    k: cute.Tensor,
     kv_indices,
+    first: Int32,
+    token: Int32,
+    lo: Int32,
+    hi: Int32,
+    rank: Int32,
+    threads: Constexpr,
+    rows: Constexpr,
+    lanes: Constexpr,
+):
+    """Fetch ``ids [passes]``, the pages of this thread's rows of the tile at ``token``. Nothing waits for them until :func:`check_page_ids`."""
+    step = threads // lanes
+    for i in cutlass.range_constexpr(cute.size(ids)):
+        row = i * step + rank // lanes
+        tok = token + row
+        wanted = (tok >= lo) & (tok < hi)
+        if const_expr(rows % step != 0):
+            wanted = wanted & (row < rows)
+        if const_expr(spec.kv_layout == "paged"):
+            entry = first + tok // spec.page_size
+            ids[i] = _load_if(kv_indices.iterator.toint() + Int64(entry) * 4, wanted & (entry < kv_indices.shape[0]))
+        else:
+            ids[i] = Int32(0) if wanted else Int32(NO_PAGE)
+
+
+@cute.jit
+def check_page_ids(
+    spec: Constexpr,
+    ids: cute.Tensor,
+    k: cute.Tensor,
     status: cute.Tensor,
     first: Int32,
     token: Int32,
@@ -67,24 +95,23 @@ def load_page_ids(
     rows: Constexpr,
     lanes: Constexpr,
 ):
-    """Fill ``ids [passes]`` with the pages of this thread's rows of the tile at ``token``; NO_PAGE where nothing may be read."""
+    """Replace ids that lead nowhere by NO_PAGE and report them in ``status[0]``; same arguments as :func:`load_page_ids`."""
     step = threads // lanes
+    lost = Boolean(False)
     for i in cutlass.range_constexpr(cute.size(ids)):
         row = i * step + rank // lanes
         tok = token + row
+        if const_expr(spec.kv_layout == "paged"):
+            known = (ids[i] >= 0) & (ids[i] < k.shape[0])
+        else:
+            known = (ids[i] >= 0) & (first + tok < k.shape[1])
         wanted = (tok >= lo) & (tok < hi)
         if const_expr(rows % step != 0):
             wanted = wanted & (row < rows)
-        if const_expr(spec.kv_layout == "paged"):
-            entry = first + tok // spec.page_size
-            readable = wanted & (entry < kv_indices.shape[0])
-            page = _load_if(kv_indices.iterator.toint() + Int64(entry) * 4, readable)
-            known = (page >= 0) & (page < k.shape[0])
-            if wanted and not known:
-                status[0] = Int32(1)
-            ids[i] = page if known else Int32(NO_PAGE)
-        else:
-            ids[i] = Int32(0) if wanted else Int32(NO_PAGE)
+        ids[i] = ids[i] if known else Int32(NO_PAGE)
+        lost = lost | (wanted & (known == 0))
+    if lost:
+        status[0] = Int32(1)
 
 
 @cute.jit
@@ -115,7 +142,7 @@ def copy_rows(
 ):
     """Start the copy of rows ``token .. token + rows`` of K or V into ``rows`` rows of ``pitch`` bytes at ``destination``.
 
-    ``ids`` are this thread's pages (:func:`load_page_ids` with the same rank, threads, rows and lanes). Columns from head_dim up to the next
+    ``ids`` are this thread's checked pages (same rank, threads, rows and lanes). Columns from head_dim up to the next
     multiple of 16 elements are filled with zeros.
     """
     step = threads // lanes

@@ -3,17 +3,19 @@
     out[r, h] = softmax(q[r, h] . K_r^T * sm_scale) V_r        K_r, V_r: the kv_len tokens of request r, KV head h // group_size
 
 What a CTA owns
-    An item is a request and ``heads_per_item`` neighbouring KV heads (and, for groups beyond 8 * head_tiles query heads, one block of the
-    group). A cluster of C CTAs shares an item: its tokens are cut into slots of T tokens and dealt round-robin to the cluster's C * W / HP warps
-    of each head. No plan, no tickets, no scratch in global memory: lengths and page tables are read live.
+    An item is a request and ``heads_per_item`` neighbouring KV heads (and, for groups beyond 8 * head_tiles query heads, one block of
+    the group). A cluster of C CTAs shares an item: its tokens are cut into slots of T tokens and dealt round-robin to the C * W / HP
+    warps that serve a head. No plan, no tickets, no scratch in global memory: lengths and page tables are read live.
 
 Roles
-    All warps are alike. A warp owns a ring of S slots (K and V of T tokens each), fetches its page ids, issues its TMA boxes, computes, and refills
-    the slot it has just read. It waits for nobody but its own copies before the merge, so there is no producer warp, no empty barrier and no
-    barrier of the CTA in the main loop.
+    All warps are alike. A warp owns a ring of S slots (K and V of T tokens each), looks up its page ids one load ahead, issues its
+    copies, computes, and refills the slot it has just read. It waits for nobody but its own copies before the merge, so there is no
+    producer warp, no empty barrier and no barrier of the CTA in the main loop. Copies are one TMA box of K and one of V per page (or per
+    slot, where a page holds several); page sizes no box fits (1, 2, 4, odd ones) are gathered by 16-byte cp.async into the same layout.
 
 Barriers
-    full[warp][slot]    mbarrier, 1 arrival (the warp's own lane) + bytes of K and V slot; the wait names the phase of the ring's lap
+    full[warp][slot]    mbarrier: 1 arrival + the bytes of both slots (TMA), or 32 arrivals, each after a lane's copies (gather);
+                        its phase is the lap of the ring
     cluster arrive 1    on entry: "my shared memory exists"; waited for just before the first remote store
     CTA barrier         every warp's partial result lies in shared memory
     cluster barrier 2   every slice has been pushed to its owner
@@ -21,14 +23,14 @@ Barriers
 Maths of one slot, transposed so that the few query heads are the 8-wide side of mma.m16n8k16 and 16 tokens fill its rows:
     S^T = K Q^T   ->   P^T = exp2(S^T * scale - max + headroom)   ->   O^T += V^T P^T
     K is read by ldmatrix, V by ldmatrix.trans, and P^T turns from accumulator into operand by one movmatrix per 8x8 block.
-    fp8 K and V become fp16 in registers. A lane then owns 4 neighbouring d of K, so Q is loaded with the same permutation; the transposed V pairs
-    even and odd d, so rows g and g + 8 of O^T are d = 16 j + 2 g and 16 j + 2 g + 1.
-    bf16 queries of an fp8 cache are scaled by a power of two per head to fp16 range; the inverse joins that head's softmax scale, so nothing
-    overflows and no bit of q is lost.
+    fp8 K and V become fp16 in registers. A lane then owns 4 neighbouring d of K, so Q is loaded with the same permutation; the
+    transposed V pairs even and odd d, so rows g and g + 8 of O^T are d = 16 j + 2 g and 16 j + 2 g + 1.
+    bf16 queries of an fp8 cache are scaled by a power of two per head to fp16 range; the inverse joins that head's softmax scale, so
+    nothing overflows and no bit of q is lost.
 
-Merge, in an order fixed by (warp, rank): every warp writes (max, sum, O) over its own ring; the CTA combines them and pushes slice i of
-    the item's outputs to CTA i of the cluster (st.shared::cluster); after the cluster barrier each CTA finishes its slice. Bitwise repeatable, and a
-    request's result does not depend on its neighbours.
+Merge, in an order fixed by (warp, rank): every warp writes (max, sum, O) over its own ring; the CTA combines them and pushes slice i
+    of the item's outputs to CTA i of the cluster (st.shared::cluster); after the cluster barrier each CTA finishes its slice. Bitwise
+    repeatable, and a request's result does not depend on its neighbours.
 
 Shared memory (bf16, d 128, T 16, W 4, S 3, C 8, 4 heads): rings 4 * 3 * 8 KiB = 96 KiB, merge 2.5 KiB: two CTAs per SM.
 Registers: O^T takes head_dim_vo / 4 per head tile, Q head_dim_qk / 8; 0 spills for every tile the table offers.
@@ -43,7 +45,7 @@ import typing
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Float16, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -53,17 +55,20 @@ from ..tiles_decode_sm90 import (
     COLUMNS,
     DecodeSm90Tile,
     Rows,
+    gathers,
     head_blocks,
     heads_per_block,
     id_steps,
     rows_of,
     slice_elements,
     slot_bytes,
+    tokens_per_id,
     warp_region_bytes,
 )
 
 LOG2_E = math.log2(math.e)
 EVICT_FIRST = 0x12F0000000000000  # createpolicy.fractional.L2::evict_first
+NO_PAGE = -(2**31)
 SWIZZLES = {
     128: warpgroup.SmemLayoutAtomKind.K_SW128,
     64: warpgroup.SmemLayoutAtomKind.K_SW64,
@@ -94,6 +99,25 @@ class Item(typing.NamedTuple):
     split: Int32
 
 
+class BoxCopies(typing.NamedTuple):
+    """TMA: descriptors, and their views of the cache and of the rings."""
+
+    k_load: cute.CopyAtom
+    k_from: cute.Tensor
+    k_to: cute.Tensor
+    v_load: cute.CopyAtom
+    v_from: cute.Tensor
+    v_to: cute.Tensor
+
+
+class RowCopies(typing.NamedTuple):
+    """Gather: the cache, and where this warp's ring starts."""
+
+    k: cute.Tensor
+    v: cute.Tensor
+    ring_address: Uint32
+
+
 class DecodeSm90:
     """See the module docstring. ``spec`` says what to compute, ``tile`` how large the pieces are."""
 
@@ -110,9 +134,11 @@ class DecodeSm90:
         self.k_rows, self.v_rows = rows_of(spec.head_dim_qk, spec.kv_bits), rows_of(spec.head_dim_vo, spec.kv_bits)
         self.k_slot, self.v_slot = slot_bytes(spec, tile)
         self.warp_region = warp_region_bytes(spec, tile)
-        self.box_tokens = min(spec.page_size, tile.tokens) if spec.page_size else tile.tokens
+        self.gathers = gathers(spec)
+        self.tokens_per_id, self.id_steps = tokens_per_id(spec, tile), id_steps(spec, tile)
+        self.ids_per_step = tile.tokens // self.tokens_per_id
+        self.box_tokens = tile.tokens if self.gathers else self.tokens_per_id  # tokens stored together in shared memory
         self.boxes = tile.tokens // self.box_tokens
-        self.id_steps = id_steps(spec, tile)
 
         self.heads = heads_per_block(spec, tile)
         self.head_blocks = head_blocks(spec, tile)
@@ -123,8 +149,8 @@ class DecodeSm90:
         self.token_tiles = tile.tokens // 16
         # accumulator rows g and g + 8 of O^T tile j are d = 16 j + d_step g and d_gap further
         self.d_step, self.d_gap = (2, 1) if self.fp8 else (1, 8)
-        assert tile.tokens % 16 == 0 and tile.warps % tile.heads_per_item == 0 and tile.stages <= self.id_steps, tile
-        assert not spec.page_size or tile.tokens % self.box_tokens == 0 == spec.page_size % self.box_tokens, tile
+        assert tile.tokens % 16 == 0 and tile.warps % tile.heads_per_item == 0 and self.id_steps > 0, tile
+        assert self.gathers or not spec.page_size or tile.tokens % self.box_tokens == 0 == spec.page_size % self.box_tokens, tile
 
     def abi(self) -> tuple:
         """Stand-ins for the arguments of :meth:`__call__`."""
@@ -164,12 +190,14 @@ class DecodeSm90:
     ):
         tile = self.tile
         k_ring, v_ring = self.ring_layout(self.k_rows), self.ring_layout(self.v_rows)
-        k_load, k_coords = self.tma_load(k, k_ring, self.k_rows)
-        v_load, v_coords = self.tma_load(v, v_ring, self.v_rows)
+        k_load, k_coords, v_load, v_coords = None, None, None, None
+        if const_expr(not self.gathers):
+            k_load, k_coords = self.tma_load(k, k_ring, self.k_rows)
+            v_load, v_coords = self.tma_load(v, v_ring, self.v_rows)
         head_groups = cute.ceil_div(k.shape[2], tile.heads_per_item)
         self.kernel(
-            q, k_load, k_coords, v_load, v_coords, k_ring, v_ring, out, lse, kv_indptr, kv_indices, kv_last_page_len, sinks, k_scale, v_scale,
-            out_partial, lse_partial, status, sm_scale, out_scale, soft_cap, lse_scale, window_left, num_splits,
+            q, k, v, k_load, k_coords, v_load, v_coords, k_ring, v_ring, out, lse, kv_indptr, kv_indices, kv_last_page_len, sinks,
+            k_scale, v_scale, out_partial, lse_partial, status, sm_scale, out_scale, soft_cap, lse_scale, window_left, num_splits,
         ).launch(
             grid=[tile.cluster, self.head_blocks * head_groups * num_splits, q.shape[0]],
             block=[32 * tile.warps, 1, 1],
@@ -209,10 +237,12 @@ class DecodeSm90:
     def kernel(
         self,
         q: cute.Tensor,
-        k_load: cute.CopyAtom,
-        k_coords: cute.Tensor,
-        v_load: cute.CopyAtom,
-        v_coords: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        k_load: typing.Optional[cute.CopyAtom],
+        k_coords: typing.Optional[cute.Tensor],
+        v_load: typing.Optional[cute.CopyAtom],
+        v_coords: typing.Optional[cute.Tensor],
         k_ring: cute.ComposedLayout,
         v_ring: cute.ComposedLayout,
         out: cute.Tensor,
@@ -239,18 +269,20 @@ class DecodeSm90:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if const_expr(tile.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        if warp == 0:
-            cpasync.prefetch_descriptor(k_load)
-            cpasync.prefetch_descriptor(v_load)
+        if const_expr(not self.gathers):
+            if warp == 0:
+                cpasync.prefetch_descriptor(k_load)
+                cpasync.prefetch_descriptor(v_load)
         if const_expr(tile.pdl and not tile.early_metadata):
             cute.arch.griddepcontrol_wait()
 
         rank, _, _ = cute.arch.block_idx()
         item = self.find_item(num_splits)
         work = self.find_work(
-            item, k_coords, kv_indptr, kv_last_page_len, window_left, num_splits, rank * self.warps_per_head + warp // tile.heads_per_item, warp
+            item, k, kv_indptr, kv_last_page_len, window_left, num_splits, rank * self.warps_per_head + warp // tile.heads_per_item, warp
         )
         ids = self.load_page_ids(work, kv_indices, Int32(0), lane)
+        next_ids = self.load_page_ids(work, kv_indices, Int32(self.id_steps), lane)
 
         memory = SmemAllocator()
         ring = memory.allocate(tile.warps * self.warp_region, byte_alignment=1024)
@@ -265,21 +297,28 @@ class DecodeSm90:
         full = memory.allocate_array(Int64, tile.warps * tile.stages) + warp * tile.stages
         if lane == 0:
             for slot in cutlass.range_constexpr(tile.stages):
-                cute.arch.mbarrier_init(full + slot, 1)
+                cute.arch.mbarrier_init(full + slot, 32 if self.gathers else 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()
 
-        k_from, k_to = self.partition(k_load, k_coords, s_k, self.k_rows, work)
-        v_from, v_to = self.partition(v_load, v_coords, s_v, self.v_rows, work)
+        ring_address = Uint32(ring.toint()) + Uint32(warp * self.warp_region)
+        if const_expr(self.gathers):
+            copies = RowCopies(k, v, ring_address)
+        else:
+            k_copies = self.partition(k_load, k_coords, s_k, self.k_rows, work)
+            v_copies = self.partition(v_load, v_coords, s_v, self.v_rows, work)
+            copies = BoxCopies(*k_copies, *v_copies)
         ids = self.check_page_ids(work, ids, status)
         if const_expr(tile.pdl and tile.early_metadata):
             cute.arch.griddepcontrol_wait()
         for slot in cutlass.range_constexpr(tile.stages):
             if slot < work.count:
-                self.fill(k_load, k_from, k_to, v_load, v_from, v_to, full, work, ids, Int32(slot), Int32(slot), warp)
+                if const_expr(slot > 0 and slot % self.id_steps == 0):
+                    ids = self.check_page_ids(work, next_ids, status)
+                    next_ids = self.load_page_ids(work, kv_indices, Int32(slot + self.id_steps), lane)
+                self.fill(copies, full, work, ids, Int32(slot), Int32(slot), warp, lane)
         if const_expr(tile.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        next_ids = self.load_page_ids(work, kv_indices, Int32(self.id_steps), lane)
 
         factor, slope = self.softmax_factors(item, work.kv_head, q, k_scale, sm_scale, soft_cap, lane)
         r_q = self.load_q(q, item, work.kv_head, factor, lane)
@@ -292,7 +331,6 @@ class DecodeSm90:
         top.fill(-Float32.inf)
         total.fill(0.0)
 
-        ring_address = Uint32(ring.toint()) + Uint32(warp * self.warp_region)
         slot, lap = Int32(0), Int32(0)
         for step in cutlass.range(work.count, unroll=1):
             token = (work.first_slot + step * work.stride) * tile.tokens
@@ -303,7 +341,8 @@ class DecodeSm90:
             self.transform(scores, factor, slope, soft_cap, token - (work.end - 1), lane)
             if token + tile.tokens > work.end or token < work.begin:
                 self.hide(scores, work.begin - token, work.end - token, lane)
-                self.zero_v(v_address, work.begin - token, work.end - token, lane)
+                if const_expr(not self.gathers):  # a row that was not wanted was filled with zeros
+                    self.zero_v(v_address, work.begin - token, work.end - token, lane)
             p = self.softmax(scores, o, top, total, factor)
             self.accumulate(o, p, v_address, v_lane)
             ahead = step + tile.stages
@@ -312,7 +351,7 @@ class DecodeSm90:
                     ids = self.check_page_ids(work, next_ids, status)
                     next_ids = self.load_page_ids(work, kv_indices, ahead + self.id_steps, lane)
                 cute.arch.sync_warp()  # every lane has read the slot
-                self.fill(k_load, k_from, k_to, v_load, v_from, v_to, full, work, ids, ahead, slot, warp)
+                self.fill(copies, full, work, ids, ahead, slot, warp, lane)
             slot = slot + 1
             if slot == tile.stages:
                 slot = Int32(0)
@@ -344,7 +383,7 @@ class DecodeSm90:
     def find_work(
         self,
         item: Item,
-        coords: cute.Tensor,
+        k: cute.Tensor,
         kv_indptr: typing.Optional[cute.Tensor],
         kv_last_page_len: typing.Optional[cute.Tensor],
         window_left: Int32,
@@ -364,7 +403,7 @@ class DecodeSm90:
             origin = kv_indptr[item.request]
             end = kv_indptr[item.request + 1] - origin
         else:
-            end = Int32(coords.shape[0])
+            end = Int32(k.shape[1])
         begin = Int32(0)
         if const_expr(spec.window):  # the query sits at end - 1 and sees window_left tokens before it
             begin = end - 1 - window_left
@@ -380,28 +419,31 @@ class DecodeSm90:
         first = slots_begin + position
         count = cute.ceil_div(slots_end - first, stride) if slots_end > first else Int32(0)
         if const_expr(tile.heads_per_item > 1):
-            count = count if kv_head < coords.shape[3] else Int32(0)
-        return Work(item.request, kv_head, first, Int32(stride), count, begin, end, origin, Int32(coords.shape[4]))
+            count = count if kv_head < k.shape[2] else Int32(0)
+        return Work(item.request, kv_head, first, Int32(stride), count, begin, end, origin, Int32(k.shape[0]))
 
     # ------------------------------------------------------------------------------------------------------------------------ loads
     @cute.jit
     def load_page_ids(self, work: Work, kv_indices: typing.Optional[cute.Tensor], step: Int32, lane: Int32):
-        """Page ids of ``id_steps`` steps from ``step`` on, one per lane: lane = (step, box). Boxes outside [begin, end) get the zero-fill page."""
-        ids = work.num_pages
+        """Page ids of ``id_steps`` steps from ``step`` on: lane = (step, box or token). What lies outside [begin, end) is not looked up."""
+        ids = Int32(NO_PAGE)
         if const_expr(self.spec.kv_layout == "paged"):
-            slot = work.first_slot + (step + lane // self.boxes) * work.stride
-            token = slot * self.tile.tokens + (lane % self.boxes) * self.box_tokens
+            slot = work.first_slot + (step + lane // self.ids_per_step) * work.stride
+            token = slot * self.tile.tokens + (lane % self.ids_per_step) * self.tokens_per_id
             entry = work.origin + token // self.spec.page_size
-            if token < work.end and token + self.box_tokens > work.begin and entry >= 0 and entry < kv_indices.shape[0]:
-                ids = kv_indices[entry]
+            if token < work.end and token + self.tokens_per_id > work.begin:
+                ids = Int32(-1)
+                if entry >= 0 and entry < kv_indices.shape[0]:
+                    ids = kv_indices[entry]
         return ids
 
     @cute.jit
     def check_page_ids(self, work: Work, ids: Int32, status: cute.Tensor):
-        """A page id outside the cache reads as zeros and raises the status flag."""
+        """A page id outside the cache becomes the one TMA fills with zeros and, unless no page was wanted, raises the status flag."""
         if const_expr(self.spec.kv_layout == "paged"):
-            if ids < 0 or ids > work.num_pages:
-                status[0] = 1
+            if ids < 0 or ids >= work.num_pages:
+                if ids != NO_PAGE:
+                    status[0] = 1
                 ids = work.num_pages
         return ids
 
@@ -412,29 +454,23 @@ class DecodeSm90:
             coords = cute.domain_offset((work.origin, 0, 0, 0, 0), coords)
         boxes = cute.zipped_divide(coords, (self.box_tokens, rows.panel_bytes * 8 // self.kv_dtype.width, rows.panels))
         to, source = cpasync.tma_partition(load, 0, cute.make_layout(1), cute.group_modes(ring, 0, 3), boxes)
-        return source, to
+        return load, source, to
 
     @cute.jit
-    def fill(
-        self,
-        k_load: cute.CopyAtom,
-        k_from: cute.Tensor,
-        k_to: cute.Tensor,
-        v_load: cute.CopyAtom,
-        v_from: cute.Tensor,
-        v_to: cute.Tensor,
-        full: cute.Pointer,
-        work: Work,
-        ids: Int32,
-        step: Int32,
-        slot: Int32,
-        warp: Int32,
-    ):
-        """Start the copies of one step into a slot: all its boxes, K before V."""
-        spec, tile = self.spec, self.tile
-        bytes_per_slot = tile.tokens * (self.k_rows.bytes + self.v_rows.bytes)
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, bytes_per_slot)
+    def fill(self, copies, full: cute.Pointer, work: Work, ids: Int32, step: Int32, slot: Int32, warp: Int32, lane: Int32):
+        """Start the copies of one step into a slot of this warp's ring."""
+        if const_expr(self.gathers):
+            self.copy_rows(copies, work, ids, step, slot, lane)
+            cute.arch.cp_async_mbarrier_arrive_noinc(full + slot)  # this lane arrives when its copies are complete
+        else:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.tile.tokens * (self.k_rows.bytes + self.v_rows.bytes))
+            self.copy_boxes(copies, full, work, ids, step, slot, warp)
+
+    @cute.jit
+    def copy_boxes(self, copies: BoxCopies, full: cute.Pointer, work: Work, ids: Int32, step: Int32, slot: Int32, warp: Int32):
+        """One TMA box of K and one of V per page (or per slot, where a page holds several)."""
+        spec = self.spec
         token_box = work.first_slot + step * work.stride  # in boxes from the start of the page (or of the request)
         if const_expr(spec.kv_layout == "paged"):
             token_box = token_box % (spec.page_size // self.box_tokens) if spec.page_size > self.box_tokens else Int32(0)
@@ -443,11 +479,29 @@ class DecodeSm90:
             if const_expr(spec.kv_layout == "paged"):
                 page = cute.arch.shuffle_sync(ids, (step % self.id_steps) * self.boxes + box)
             source, to = (token_box, 0, 0, work.kv_head, page), (slot, warp)
-            for load, src, dst in ((k_load, k_from, k_to), (v_load, v_from, v_to)):
-                if const_expr(tile.evict_first):
+            for load, src, dst in ((copies.k_load, copies.k_from, copies.k_to), (copies.v_load, copies.v_from, copies.v_to)):
+                if const_expr(self.tile.evict_first):
                     cute.copy(load, src[None, source], dst[None, box, to], tma_bar_ptr=full + slot, cache_policy=Int64(EVICT_FIRST))
                 else:
                     cute.copy(load, src[None, source], dst[None, box, to], tma_bar_ptr=full + slot)
+
+    @cute.jit
+    def copy_rows(self, copies: RowCopies, work: Work, ids: Int32, step: Int32, slot: Int32, lane: Int32):
+        """Gather: 16-byte pieces of the slot's rows, neighbouring lanes on neighbouring pieces, into the layout TMA would have written."""
+        page_size, tokens = self.spec.page_size, self.tile.tokens
+        first_token = (work.first_slot + step * work.stride) * tokens
+        address = copies.ring_address + Uint32(slot * (self.k_slot + self.v_slot))
+        for cache, rows, start in ((copies.k, self.k_rows, 0), (copies.v, self.v_rows, self.k_slot)):
+            pieces, per_panel = rows.bytes // 16, rows.panel_bytes // 16
+            for i in cutlass.range_constexpr(tokens * pieces // 32):
+                token, piece = (32 * i + lane) // pieces, (32 * i + lane) % pieces
+                page = cute.arch.shuffle_sync(ids, (step % self.id_steps) * tokens + token)
+                column = piece * (128 // self.kv_dtype.width)
+                source = cache.iterator + cute.crd2idx((Int64(page), (first_token + token) % page_size, work.kv_head, column), cache.layout)
+                flip = token // (128 // rows.panel_bytes) % per_panel
+                panel = start + self.row_offset(rows, token) + piece // per_panel * (tokens * rows.panel_bytes)
+                place = address + Uint32(panel + (piece % per_panel ^ flip) * 16)
+                copy_16_bytes(place, source.toint(), Int32(16) if page < work.num_pages else Int32(0))
 
     @cute.jit
     def lane_offsets(self, lane: Int32):
@@ -502,7 +556,7 @@ class DecodeSm90:
         soft_cap: Float32,
         lane: Int32,
     ):
-        """Per column of this lane (heads 2t and 2t + 1 of each tile): raw score -> argument of exp2 (or of the cap), and the ALiBi slope."""
+        """Per column of this lane (heads 2t and 2t + 1 of a tile): raw score -> argument of exp2 (or of the cap), and the ALiBi slope."""
         factor, slope = cute.make_rmem_tensor(2 * self.head_tiles, Float32), cute.make_rmem_tensor(2 * self.head_tiles, Float32)
         scale = sm_scale
         if const_expr(k_scale is not None):
@@ -522,7 +576,7 @@ class DecodeSm90:
     def load_q(self, q: cute.Tensor, item: Item, kv_head: Int32, factor: cute.Tensor, lane: Int32):
         """Q^T as mma operand B, [b0 b1, d tile, head tile]: column = head lane / 4, rows = d.
 
-        The softmax compares raw scores and needs a positive factor, so the sign of the scale moves into q, and a zero scale becomes a tiny one.
+        The softmax compares raw scores and needs a positive factor: the sign of the scale moves into q, a zero scale becomes a tiny one.
         """
         d_tiles = self.spec.head_dim_qk // 16
         r_q = cute.make_rmem_tensor(cute.make_layout((2, d_tiles, self.head_tiles)), Uint32)
@@ -540,7 +594,8 @@ class DecodeSm90:
                     cute.autovec_copy(cute.local_tile(row, (4,), (d * 4 + quad,)), x[None, d])
                 else:  # d = 16 j + 2 t + 0..1 and 8 further
                     for half in cutlass.range_constexpr(2):
-                        cute.autovec_copy(cute.local_tile(row, (2,), (d * 8 + half * 4 + quad,)), cute.local_tile(x[None, d], (2,), (half,)))
+                        pair = cute.local_tile(row, (2,), (d * 8 + half * 4 + quad,))
+                        cute.autovec_copy(pair, cute.local_tile(x[None, d], (2,), (half,)))
             if const_expr(self.rescale_q):
                 pairs = self.to_half(x, factor, tile, column, quad)
             else:
@@ -555,7 +610,7 @@ class DecodeSm90:
     def to_half(self, x: cute.Tensor, factor: cute.Tensor, tile: cutlass.Constexpr, column: Int32, quad: Int32):
         """bf16 head rows -> fp16 pairs, times the power of two that brings the row's largest element into [2^13, 2^14).
 
-        bf16 has fewer mantissa bits than fp16, so only elements 2^-27 below the largest lose bits. The inverse multiplies the factors
+        bf16 has fewer mantissa bits than fp16, so only elements 2^-24 below the largest lose bits. The inverse multiplies the factors
         of the lanes that own the head's column of S^T.
         """
         wide = cute.make_rmem_tensor(x.layout, Float32)
@@ -566,7 +621,7 @@ class DecodeSm90:
         for offset in cutlass.range_constexpr(2):  # the four lanes of a column hold the row together
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, 1 << offset))
         exponent = (float_bits(largest) >> 23) & 255
-        exponent = exponent if exponent > 14 else Int32(14)  # both powers stay normal numbers
+        exponent = exponent if exponent > 64 else Int32(64)  # a row of zeros: the factor must stay a normal number
         power = bits_float((267 - exponent) << 23)
         inverse = bits_float((exponent - 13) << 23)
         for c in cutlass.range_constexpr(2):
@@ -692,7 +747,7 @@ class DecodeSm90:
 
     @cute.jit
     def softmax(self, s: cute.Tensor, o: cute.Tensor, top: cute.Tensor, total: cute.Tensor, factor: cute.Tensor):
-        """Online softmax of one slot: rescale what came before when a maximum moves, return P^T as operand B [b0 b1, token tile, head tile]."""
+        """Online softmax of one slot: rescale what came before when a maximum moves; P^T as operand B [b0 b1, token tile, head tile]."""
         p = cute.make_rmem_tensor(cute.make_layout((2, self.token_tiles, self.head_tiles)), Uint32)
         d_tiles = self.spec.head_dim_vo // 16
         for head_tile in cutlass.range_constexpr(self.head_tiles):
@@ -717,8 +772,10 @@ class DecodeSm90:
             sum_left, sum_right = total[left], total[right]
             for token_tile in cutlass.range_constexpr(self.token_tiles):
                 x = s[None, token_tile, head_tile]
-                p0, p1 = cute.arch.exp2(self.exponent(x[0], factor[left]) - shift_left), cute.arch.exp2(self.exponent(x[1], factor[right]) - shift_right)
-                p2, p3 = cute.arch.exp2(self.exponent(x[2], factor[left]) - shift_left), cute.arch.exp2(self.exponent(x[3], factor[right]) - shift_right)
+                p0 = cute.arch.exp2(self.exponent(x[0], factor[left]) - shift_left)
+                p1 = cute.arch.exp2(self.exponent(x[1], factor[right]) - shift_right)
+                p2 = cute.arch.exp2(self.exponent(x[2], factor[left]) - shift_left)
+                p3 = cute.arch.exp2(self.exponent(x[3], factor[right]) - shift_right)
                 sum_left = sum_left + (p0 + p2)
                 sum_right = sum_right + (p1 + p3)
                 p[0, token_tile, head_tile] = transpose_pair(p0, p1, self.half)
@@ -761,7 +818,7 @@ class DecodeSm90:
         warp: Int32,
         lane: Int32,
     ):
-        """This warp's (base-2 maximum, sum, O) -> shared memory. O goes over the warp's own ring, every copy of which has been waited for."""
+        """This warp's (base-2 maximum, sum, O) -> shared memory. O goes over the warp's own ring: all its copies have been waited for."""
         d_tiles = self.spec.head_dim_vo // 16
         row, quad = lane // 4, lane % 4
         for i in cutlass.range_constexpr(2 * self.head_tiles):
@@ -778,7 +835,7 @@ class DecodeSm90:
 
     @cute.jit
     def combine_warps(self, s_sum: cute.Tensor, row: Int32):
-        """Of one output row: the maximum over the CTA's warps (a huge negative number when none saw a token), each warp's weight, and the sum."""
+        """Of one output row: the maximum over the CTA's warps (-1e30 when none saw a token), each warp's weight, and the sum."""
         head, kv = row % self.heads, row // self.heads
         weights = cute.make_rmem_tensor(self.warps_per_head, Float32)
         top = Float32(-1e30)
@@ -939,6 +996,12 @@ def widen_e4m3(word: Uint32):
 def permute_bytes(word: Uint32, selector: cutlass.Constexpr):
     """Byte i of the result is byte (selector nibble i) of ``word``; nibbles 4 to 7 select zeros."""
     return Uint32(cute.arch.prmt(Int32(word), Int32(0), selector))
+
+
+@cute.jit
+def copy_16_bytes(to: Uint32, source: Int64, count: Int32):
+    """Asynchronous copy of 16 bytes past L1 to shared memory; what ``count`` leaves is filled with zeros, and 0 reads nothing."""
+    cute.arch.inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[to, source, count])
 
 
 @cute.jit

@@ -406,7 +406,7 @@ class PrefillSm90:
                 box, page = kv_tile % layout.tiles_per_page, cute.arch.shuffle_sync(page_ids, 0)
             cute.copy(tma, from_g[None, (box, 0, 0, kv_head, page)], to_s[None, stage], tma_bar_ptr=barrier)
         else:
-            for j in cutlass.range_constexpr(layout.boxes):
+            for j in cutlass.range(layout.boxes, unroll=1):
                 page = cute.arch.shuffle_sync(page_ids, j)
                 for block in cutlass.range_constexpr(blocks):
                     cute.copy(tma, from_g[None, (0, 0, block, kv_head, page)], to_s[None, j, block, stage], tma_bar_ptr=barrier)

@@ -1,0 +1,134 @@
+"""The benchmarks' plumbing on the CPU with tiny cases: candidates that run here agree with ours, tables say what was measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import append, decode, peers, prefill, protocol, report, sampling
+from benchmarks.problems import DecodeProblem, PrefillProblem
+
+
+def wall_clock(call: protocol.Call, num_sets: int) -> Callable[[], float]:
+    def sample() -> float:
+        start = time.perf_counter()
+        call(0)
+        return time.perf_counter() - start
+
+    call(0)
+    return sample
+
+
+def timed(row: report.Row) -> set[str]:
+    return {name for name, timing in row.timings.items() if isinstance(timing, protocol.Timing)}
+
+
+def test_rotation_exceeds_the_cache() -> None:
+    for size in (2**17, 2**21, 2**25, 2**29):
+        count = protocol.num_sets(size)
+        assert count == protocol.MAX_SETS or (count - 1) * size >= protocol.ROTATE_BYTES
+    assert protocol.num_sets(2**31) == 1
+
+
+def test_a_failing_candidate_is_a_reason_and_the_others_are_timed() -> None:
+    def broken(i: int) -> None:
+        raise ImportError("no such library\nmore")
+
+    results = protocol.compare({"good": lambda i: None, "broken": broken}, 1, rounds=3, timer=wall_clock)
+    assert list(results) == ["good", "broken"]
+    assert results["broken"] == "ImportError: no such library"
+    assert isinstance(results["good"], protocol.Timing) and results["good"].rounds == 3
+
+
+def test_candidates_take_turns_in_changing_order() -> None:
+    order: list[str] = []
+
+    def timer(call: protocol.Call, num_sets: int) -> Callable[[], float]:
+        return lambda: call(0) or 1.0
+
+    protocol.compare({name: lambda i, name=name: order.append(name) for name in "abc"}, 1, rounds=20, timer=timer)
+    turns = [order[i : i + 3] for i in range(0, 60, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
+def test_decode_candidates_agree(mixed: bool, kv_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "num_sets", lambda size: 2)
+    case = decode.DecodeCase(8, 2, 3, 64, 16, kv_dtype, mixed)
+    row = case.run(rounds=2, device="cpu", timer=wall_clock)
+    assert peers.OURS in timed(row)
+    assert all(difference < 0.02 for difference in row.notes.get("difference from ours", {}).values())
+
+
+def test_decode_problem_gives_libraries_without_pages_the_same_tokens() -> None:
+    torch.manual_seed(0)
+    p = DecodeProblem([48, 48], 4, 2, 16, "bf16", 1, "cpu")
+    ours = peers.decode_ours(p)(0)
+    k, v = (x.repeat_interleave(2, dim=1) for x in p.dense[0])
+    plain = torch.nn.functional.scaled_dot_product_attention(p.q.unsqueeze(2), k, v).squeeze(2)
+    assert protocol.difference(ours, plain) < 0.02
+    assert p.block_table.tolist() == [p.indices[:3].tolist(), p.indices[3:].tolist()]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_prefill_candidates_agree(causal: bool) -> None:
+    torch.manual_seed(0)
+    p = PrefillProblem(2, 32, 4, 2, causal, "bf16", 1, "cpu")
+    ours = peers.prefill_ours(p)(0).clone()
+    assert protocol.difference(peers.prefill_ours_paged(p)(0), ours) < 0.02
+    q, k, v = (x.transpose(1, 2) for x in p.batched(0))
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    assert protocol.difference(plain.transpose(1, 2).flatten(0, 1), ours) < 0.02
+
+
+@pytest.mark.parametrize("operation", peers.SAMPLERS)
+def test_samplers_run(operation: str) -> None:
+    row = sampling.SamplingCase(operation, 2, 1000, "peaked").run(1, device="cpu", timer=wall_clock)
+    assert peers.OURS in timed(row), row.timings
+
+
+def test_append_candidates_write_the_same_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(append, "num_sets", lambda size: 2)
+    row = append.AppendCase(32, 2, 16).run(1, device="cpu", timer=wall_clock)
+    assert {peers.OURS, "torch index_put_"} <= timed(row)
+
+    p = append.AppendProblem(32, 2, 16, 1, "cpu")
+    results = []
+    for name in (peers.OURS, "torch index_put_"):
+        for cache in p.caches[0]:
+            cache.zero_()
+        peers.APPEND[name](p)(0)
+        results.append([cache.clone() for cache in p.caches[0]])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("module", [decode, prefill, sampling, append])
+def test_cases_have_distinct_names_and_quick_ones_are_like_them(module) -> None:
+    names = [case.name for case in module.cases()]
+    assert len(names) == len(set(names)) > len(module.QUICK)
+    assert {case.name for case in module.QUICK} <= set(names) | {"32/8 B64 L8192 p64 fp8"}
+
+
+def test_markdown_marks_the_best_and_explains_the_dashes(tmp_path: Path) -> None:
+    about = {
+        "date": "2026-11-22T00:00:00+00:00", "commit": "0123456789abcdef", "dirty": True, "kernel_sources": "k",
+        "gpu": {"name": "NVIDIA H200", "driver": "580"}, "versions": {"torch": "2.11.0"},
+        "ceilings": {"before": {"gemm_bf16_tflops": 700.0, "read_gbps": 4400.0, "copy_gbps": 4200.0, "gpu_state": "1980 MHz"}},
+    }  # fmt: skip
+    fast, slow = protocol.Timing(10.0, 9.0, 11.0, 5), protocol.Timing(20.0, 19.0, 21.0, 5)
+    rows = [report.Row("case one", {"cute_infer": fast, "peer": slow, "absent": "ImportError: no"}, work=0.02)]
+    content = report.result("decode", "GB/s", rows, about)
+    (tmp_path / "decode.json").write_text(json.dumps(content))
+    table = report.tables(tmp_path)
+    assert "| case one | **2000** | 1000 | - | 10.0 | 2.00x |" in table
+    assert "commit 0123456789ab with local changes" in table and "- absent: ImportError: no" in table and "read 4400.0 GB/s" in table
+
+    in_us = report.markdown(report.result("sampling", "us", [report.Row("s", {"cute_infer": slow, "peer": fast})], about))
+    assert "| s | 20 | **10** | 20.0 | 0.50x |" in in_us
