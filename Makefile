@@ -30,10 +30,12 @@ $(BIN)/python:
 	$(BASE_PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (the first time downloads PyTorch and the kernel compiler: a few minutes)"
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (the first time downloads PyTorch and the kernel compiler: a few minutes)"
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 

@@ -116,8 +116,8 @@ def check_attention_dtypes(call: str, q: torch.dtype, kv: torch.dtype, o: torch.
     if q not in (*_HALF, *_FP8, torch.float32):
         fail(DTypeError, f"{call}: q has dtype {dtype_name(q)}", expected=f"{half} | float8_e4m3fn | float8_e5m2", fix="use q.half()")
     if torch.float32 in (q, kv) and device_type not in (None, "cpu"):
-        name = "q" if q == torch.float32 else "k and v"
-        what = f"{call}: {name} is float32, which no kernel computes"
+        name = "q is" if q == torch.float32 else "k and v are"
+        what = f"{call}: {name} float32, which no kernel computes"
         fail(DTypeError, what, expected=half, fix='use .half() or .bfloat16(), or backend="reference" for an exact but slow result')
     if kv != q and kv not in _FP8:
         fail(

@@ -15,10 +15,11 @@ Source: Ye et al., "Cascade Inference: Memory Bandwidth Efficient Shared Prefix 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ..checks import check_positive
+from ..checks import check_positive, describe, dtype_name
 from ..errors import ConfigError, PlanError, ShapeError, UnsupportedConfigError, fail
 from .merge import merge_into, merge_state, merge_state_in_place, merge_states
 from .options import Scale
@@ -65,20 +66,20 @@ class MultiLevelCascadeAttentionWrapper:
         self._num_levels = num_levels
         self._use_cuda_graph = use_cuda_graph
         buffers = {
-            "qo_indptr_buf": qo_indptr_buf_arr,
-            "paged_kv_indptr_buf": paged_kv_indptr_buf_arr,
-            "paged_kv_indices_buf": paged_kv_indices_buf_arr,
-            "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf_arr,
+            "qo_indptr_buf_arr": qo_indptr_buf_arr,
+            "paged_kv_indptr_buf_arr": paged_kv_indptr_buf_arr,
+            "paged_kv_indices_buf_arr": paged_kv_indices_buf_arr,
+            "paged_kv_last_page_len_buf_arr": paged_kv_last_page_len_buf_arr,
         }
         for name, arrays in buffers.items():
             if arrays is not None:
-                self._check_levels(call, f"{name}_arr", arrays)
+                self._check_levels(call, name, arrays)
         self._batch_prefill_wrappers = [
             BatchPrefillWithPagedKVCacheWrapper(
                 float_workspace_buffer,
                 kv_layout,
                 use_cuda_graph,
-                **{name: arrays[level] if arrays is not None else None for name, arrays in buffers.items()},
+                *(arrays[level] if arrays is not None else None for arrays in buffers.values()),
                 backend=backend,
                 workspace_buffer=workspace_buffer,
             )
@@ -92,7 +93,9 @@ class MultiLevelCascadeAttentionWrapper:
         """Whether plan() copies into the buffers given to the constructor."""
         return self._use_cuda_graph
 
-    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffers: Sequence[torch.Tensor] | None = None) -> None:
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: torch.Tensor, int_workspace_buffers: Sequence[torch.Tensor | None] | None = None
+    ) -> None:
         """Use another workspace from the next run() on. There are no integer workspaces; they are only kept."""
         for level, wrapper in enumerate(self._batch_prefill_wrappers):
             wrapper.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffers[level] if int_workspace_buffers else None)
@@ -127,8 +130,8 @@ class MultiLevelCascadeAttentionWrapper:
                 all rows, so all of them end with the same number.
             paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len: per level the page table (CSR) of its entries.
             causal: applies to the last level alone, aligned bottom-right with each request's suffix.
-            pos_encoding_mode, window_left, rope_scale, rope_theta: need positions in the whole sequence, which a level does not know: refused
-                with more than one level (FlashInfer counts positions from the start of each level).
+            pos_encoding_mode, window_left, rope_scale, rope_theta: need positions in the whole sequence, which a level does not know:
+                refused with more than one level (FlashInfer counts positions from the start of each level).
             validate: as in the decode wrapper's plan().
             The rest as in :meth:`BatchPrefillWithPagedKVCacheWrapper.plan`.
 
@@ -204,7 +207,7 @@ class MultiLevelCascadeAttentionWrapper:
         """
         if self._shape is None or self._o_dtype is None:
             fail(PlanError, "run(): the wrapper has not been planned", fix="call plan() first")
-        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+        scales: dict[str, Any] = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
         if self._num_levels == 1:
             return self._batch_prefill_wrappers[0].run(q, paged_kv_cache, out=out, return_lse=return_lse, **scales)
         states = q.new_empty((self._num_levels, q.shape[0], *self._shape), dtype=self._o_dtype)
@@ -214,7 +217,8 @@ class MultiLevelCascadeAttentionWrapper:
         if out is None:
             out = torch.empty_like(states[0])
         elif out.shape != states.shape[1:] or out.dtype != states.dtype:
-            fail(ShapeError, "run(): out does not fit", got=f"out {list(out.shape)} {out.dtype}", expected=f"{list(states.shape[1:])} {states.dtype}")
+            wanted = f"out {list(states.shape[1:])} {dtype_name(states.dtype)}"
+            fail(ShapeError, "run(): out does not fit", got=describe("out", out), expected=wanted, fix="pass q's shape and dtype, or None")
         lse = torch.empty_like(lses[0]) if return_lse else None
         merge_into(states, lses, out, lse)
         return out if lse is None else (out, lse)

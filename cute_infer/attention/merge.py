@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..alignment import aligned, is_aligned
+from ..alignment import aligned
 from ..checks import check_tensor, describe, dtype_name
 from ..errors import ShapeError, fail
 from ..jit import Target, get_kernel
@@ -28,7 +28,7 @@ from .tiles_merge import PATH, VECTOR, MergeSpec, MergeTile, choose
 V_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- the mathematics
+# ------------------------------------------------------------------------------------------------------ the mathematics
 def merge_reference(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge along the first axis in fp32.
 
@@ -49,7 +49,7 @@ def merge_reference(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, tor
     return out, anchor + torch.log2(total)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- public functions
+# ----------------------------------------------------------------------------------------------------- public functions
 def merge_state(v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Combine attention over two disjoint KV segments, as if they had been one.
 
@@ -153,7 +153,7 @@ def load_partials_kernel(device: torch.device, o_dtype: torch.dtype, head_dim: i
     _kernel(device, MergeSpec("float32", dtype_name(o_dtype), head_dim, lse=lse), choose(num_splits))
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 def _float_fix(s: Any) -> str | None:
     if isinstance(s, torch.Tensor) and s.dtype != torch.float32:
         return "keep the log-sum-exp in fp32 from the call that makes it; .float() on a 16-bit one restores the dtype, not the precision"
@@ -186,7 +186,7 @@ def _check_head_dim(call: str, name: str, v: torch.Tensor) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- launch
+# --------------------------------------------------------------------------------------------------------------- launch
 @functools.lru_cache(maxsize=1024)
 def _kernel(device: torch.device, spec: MergeSpec, tile: MergeTile) -> Callable[..., Any]:
     return get_kernel(PATH, spec, tile, Target.detect(device)).fn
@@ -219,16 +219,14 @@ def _launch(
         if lse is not None:
             lse.fill_(-torch.inf)
         return
-    kernel = _kernel_for(
-        out.device, v.dtype, out.dtype, out.shape[-1], 2 if pair else states, pair, mask is not None, lse is not None
-    )
+    kernel = _kernel_for(out.device, v.dtype, out.dtype, out.shape[-1], 2 if pair else states, pair, mask is not None, lse is not None)
     result = aligned(out)  # a copy keeps what a mask leaves alone
-    kernel(aligned(v), s, aligned(v_other) if pair else None, s_other, mask, result, lse, lse_scale)
+    kernel(aligned(v), s, None if v_other is None else aligned(v_other), s_other, mask, result, lse, lse_scale)
     if result is not out:
         out.copy_(result)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ torch ops
+# ------------------------------------------------------------------------------------------------------------ torch ops
 _lib = torch.library.Library("cute_infer", "FRAGMENT")
 _lib.define("merge_state(Tensor v_a, Tensor s_a, Tensor v_b, Tensor s_b) -> (Tensor, Tensor)")
 _lib.define("merge_state_(Tensor(a!) v, Tensor(b!) s, Tensor v_other, Tensor s_other, Tensor? mask) -> ()")
@@ -256,16 +254,12 @@ def _merge_state_meta(v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s
     return _new_state(v_a, s_a)
 
 
-def _merge_in_place_cuda(
-    v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: torch.Tensor | None
-) -> None:
+def _merge_in_place_cuda(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: torch.Tensor | None) -> None:
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     _launch(v[None], s[None], v_other[None], s_other[None], mask, v, s)
 
 
-def _merge_in_place_cpu(
-    v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: torch.Tensor | None
-) -> None:
+def _merge_in_place_cpu(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: torch.Tensor | None) -> None:
     out, lse = _merge_state_cpu(v, s, v_other, s_other)
     if mask is not None:
         keep = ~mask.bool()[:, None]
@@ -274,9 +268,7 @@ def _merge_in_place_cpu(
     s.copy_(lse)
 
 
-def _merge_in_place_meta(
-    v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: torch.Tensor | None
-) -> None:
+def _merge_in_place_meta(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Everything is written in place: no shapes to report."""
 
 

@@ -60,7 +60,7 @@ class DecodeSm90Tile:
     pdl             start while the previous kernel drains; everything it may have written is read after the dependency resolves.
     early_metadata  with pdl, read page tables and lengths before the dependency resolves: only right when the caller knows that the kernel
                     just before this one does not write them.
-    evict_first     KV leaves L2 first; wrong when another CTA will read the same KV.
+    evict_first     KV copied by TMA leaves L2 first; wrong when another CTA will read the same KV.
     split_kv        several clusters share one item and leave fp32 partials for the merge kernel.
     """
 
@@ -96,7 +96,8 @@ def heads_per_block(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
 
 def slot_bytes(spec: AttentionSpec, tile: DecodeSm90Tile) -> tuple[int, int]:
     """Bytes of a K slot and of a V slot, rounded up to the 1024 bytes after which every swizzle repeats."""
-    return tuple(_round_up(tile.tokens * dim * spec.kv_bits // 8, 1024) for dim in (spec.head_dim_qk, spec.head_dim_vo))
+    k, v = (_round_up(tile.tokens * dim * spec.kv_bits // 8, 1024) for dim in (spec.head_dim_qk, spec.head_dim_vo))
+    return k, v
 
 
 def warp_region_bytes(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:

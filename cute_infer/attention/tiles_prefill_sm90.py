@@ -35,8 +35,8 @@ class PrefillSm90Tile:
     def __post_init__(self) -> None:
         assert self.tile_q == 64 * self.num_consumer_groups, self
         assert self.tile_kv % 16 == 0 and self.num_q_buffers in (1, 2), self
-        # The pool is what the launch gave the CTA, threads * registers at entry, not the whole register file: with more, setmaxnreg.inc waits
-        # for ever. 384 threads * 168 = 64,512; 512 threads * 128 = 65,536.
+        # The pool is what the launch gave the CTA, threads * registers at entry, not the whole register file: ask for more and
+        # setmaxnreg.inc waits for ever. 384 threads * 168 = 64,512; 512 threads * 128 = 65,536.
         pool = self.num_threads * (REGISTER_FILE // self.num_threads // 8 * 8)
         assert 128 * (self.producer_regs + self.num_consumer_groups * self.consumer_regs) <= pool, self
 
@@ -52,15 +52,16 @@ class PrefillSm90Tile:
         return 2 * (q + o + kv) + BARRIER_BYTES
 
 
-# 24*128 + 2*240*128 = 64,512 of 64,512; where the producer also walks indptr or page tables it needs more than 24: 40*128 + 2*232*128 = 64,512.
+# 24*128 + 2*240*128 = 64,512 of 64,512. Where the producer also walks indptr or page tables it gets more: 40*128 + 2*232*128 = 64,512
+# (at head_dim 256 with pages it spills with 24; the consumers need 228 at head_dim 128 either way).
 _LEAN, _SCAN = (24, 240), (40, 232)
 
 # (head_dim_qk, head_dim_vo): tile_kv of a contiguous K/V, tile_kv of paged K/V, stages, Q buffers, consumer groups, reason
 _TABLE = {
     (64, 64): (128, 128, 2, 2, 2, "64 KiB of K/V rings; exp2 bound at this head dim, so larger tiles buy little"),
     (128, 128): (128, 128, 2, 2, 2, "Q 64 + O 32 + K/V 128 = 224 KiB; 128x160 was not faster [H200, 2026-11-22, prototype]"),
-    (192, 128): (128, 128, 2, 1, 2, "Q+O 48 + K/V 160 = 208 KiB; a separate O buffer would leave 112 keys, which no page of 32 or more divides"),
-    (256, 256): (80, 64, 2, 1, 2, "Q+O 64 + K/V 160 = 224 KiB; O alone takes 128 registers. Paged: 64, the largest that pages of 32 and 64 divide"),
+    (192, 128): (128, 128, 2, 1, 2, "Q+O 48 + K/V 160 = 208 KiB; an O buffer of its own would leave 112 keys, which no page of 32 divides"),
+    (256, 256): (80, 64, 2, 1, 2, "Q+O 64 + K/V 160 = 224 KiB; O takes 128 registers. Paged: 64, the most that pages of 32 or 64 divide"),
 }
 
 

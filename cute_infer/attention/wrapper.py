@@ -243,6 +243,7 @@ class BatchAttentionWrapper:
 
     def _finish_plan(self, planned: Planned, options: Options, arrays: dict[str, torch.Tensor], in_place: bool = False) -> None:
         """Publish what plan() found. ``in_place``: the caller keeps the buffers of a graph up to date itself."""
+        check_choice("plan()", "pos_encoding_mode", options.pos_encoding_mode, POS_ENCODING_MODES)
         if self._device is None:
             device = next((a.device for a in arrays.values() if a.device.type != "cpu"), None)
             if device is not None:
@@ -252,7 +253,6 @@ class BatchAttentionWrapper:
             self._keep(arrays)
         elif not in_place:
             self._copy_into_buffers(arrays)
-        check_choice("plan()", "pos_encoding_mode", options.pos_encoding_mode, POS_ENCODING_MODES)
         self._set_options(options)
         self._plan_info = planned
         self._spec = None
@@ -278,6 +278,8 @@ class BatchAttentionWrapper:
                     got=describe(label, buffer),
                     fix=f"allocate {label} for the largest batch, or pass only the entries in use",
                 )
+        for name, array in arrays.items():  # every array fits: now the buffers may change
+            buffer = getattr(self, name)
             if array is not buffer:
                 buffer[: len(array)].copy_(array, non_blocking=True)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from .compile import CacheStats, CompiledKernel, cache_stats, disk_cache, forget, freeze, get_entry, get_kernel, thaw
 from .inspect import KernelFacts
-from .key import Request, kernel_sources, kernel_sources_hash
+from .key import Request
+from .sources import kernel_sources, kernel_sources_hash
 from .target import Target
 
 __all__ = [

@@ -4,7 +4,7 @@
              cute_infer_sm_90a.so
 
 A machine that runs bundles needs torch, apache-tvm-ffi and the compiler's runtime library (``pip install --no-deps
-nvidia-cutlass-dsl-libs-cu12``), not the compiler. A bundle matches only the very kernel sources it was built from.
+nvidia-cutlass-dsl-libs-cu12``), not the compiler. A kernel matches only the very sources it was built from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from ..errors import CacheError, fail
 from . import trust
 from .cache import Entry
 from .inspect import KernelFacts
-from .key import FORMAT, digest, kernel_sources_hash
+from .key import FORMAT, digest
+from .sources import kernel_sources_hash
 from .toolchain import runtime_library, toolchain
 
 log = logging.getLogger("cute_infer.jit")
@@ -58,10 +59,10 @@ class Bundle:
         self.unusable = self._why_unusable()
         if self.unusable:
             log.warning("bundle %s is ignored: %s", directory, self.unusable)
+        elif self.manifest["sources"] != kernel_sources_hash():
+            log.warning("bundle %s was built from other kernel sources: kernels that changed since are not in it", directory)
 
     def _why_unusable(self) -> str | None:
-        if self.manifest["sources"] != kernel_sources_hash():
-            return "it was built from other kernel sources; build it again with this version of cute_infer"
         made, here = self.manifest["toolchain"]["dsl"], toolchain()["libs"]
         if here is None:
             return "the runtime library is not installed (pip install --no-deps nvidia-cutlass-dsl-libs-cu12)"

@@ -112,9 +112,9 @@ class DiskCache:
         Raises:
             UntrustedCacheError: the cache could have been written by another user.
         """
-        self._check_roots()
         directory = self.directory(key)
         try:
+            self._check_roots()
             trust.check_directory(directory.parent)
             entry = Entry.parse(*trust.read_files(directory, (OBJECT, SIDECAR)))
             if entry.key != key:

@@ -28,7 +28,8 @@ from . import codegen
 from .bundle import Bundle
 from .cache import DiskCache, Entry
 from .inspect import KernelFacts
-from .key import Request, canonical_json, digest, object_key, request_inputs, source_fingerprint
+from .key import Request, canonical_json, digest, object_key, request_inputs
+from .sources import source_fingerprint
 from .target import Target
 from .toolchain import toolchain
 

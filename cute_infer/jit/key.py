@@ -14,31 +14,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import math
-import sys
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from .sources import source_fingerprint
+
 FORMAT = 1  # of the object, of the sidecar and of the bundle: raise it when their meaning changes
-PACKAGE = Path(__file__).resolve().parent.parent
-SOURCE_PATTERNS = (
-    "attention/device/*.py",
-    "attention/kernels/*.py",
-    "attention/spec.py",
-    "attention/tiles_*.py",
-    "paged/kernels*.py",
-    "paged/spec*.py",
-    "paged/tiles*.py",
-    "paged/variants*.py",
-    "sampling/device*.py",
-    "sampling/kernels*.py",
-    "sampling/spec*.py",
-    "sampling/tiles*.py",
-    "sampling/variants*.py",
-)
 
 
 # ------------------------------------------------------------------------------------------------------------------ canonical values
@@ -83,46 +65,6 @@ def canonical_json(data: Any) -> str:
 def digest(data: Any) -> str:
     """SHA-256 of :func:`canonical_json`, in hex."""
     return hashlib.sha256(canonical_json(data).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------------ sources
-def kernel_sources() -> list[Path]:
-    """Every file of this package whose text can change a kernel: device code, kernels, specs and tiles; sorted."""
-    return sorted({path for pattern in SOURCE_PATTERNS for path in PACKAGE.glob(pattern)})
-
-
-def kernel_sources_hash() -> str:
-    """SHA-256 over names and bytes of :func:`kernel_sources`: equal hashes, equal kernels. Reports cite it beside their numbers."""
-    return _hash_files(kernel_sources())
-
-
-def source_fingerprint(modules: Iterable[str]) -> str:
-    """:func:`kernel_sources_hash`, extended by the files of ``modules`` that lie outside that list (kernels of other packages)."""
-    files = kernel_sources()
-    known = set(files)
-    outside = {_module_file(module) for module in modules} - known
-    return _hash_files(files + sorted(outside))
-
-
-def _module_file(module: str) -> Path:
-    loaded = sys.modules.get(module)
-    origin = getattr(loaded, "__file__", None)
-    if origin is None:
-        spec = importlib.util.find_spec(module)
-        origin = spec.origin if spec else None
-    if origin is None:
-        raise ModuleNotFoundError(f"no source for {module}, so its kernels have no name", name=module)
-    return Path(origin).resolve()
-
-
-def _hash_files(files: Iterable[Path]) -> str:
-    total = hashlib.sha256()
-    for path in files:
-        name = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
-        text = path.read_bytes()
-        total.update(f"{name}\0{len(text)}\0".encode())
-        total.update(text)
-    return total.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------------ keys

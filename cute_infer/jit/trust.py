@@ -43,7 +43,7 @@ def check_directory(path: Path) -> None:
     """:func:`check` for a directory; a missing one is fine."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     check(status, path)
 

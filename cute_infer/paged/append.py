@@ -38,7 +38,7 @@ class _Destination(NamedTuple):
     cache: torch.Tensor
 
 
-# -------------------------------------------------------------------------------------------------------------------------- public functions
+# ----------------------------------------------------------------------------------------------------- public functions
 def append_paged_kv_cache(
     append_key: torch.Tensor,
     append_value: torch.Tensor,
@@ -53,7 +53,7 @@ def append_paged_kv_cache(
     """Write the keys and values of new tokens into their pages.
 
     Args:
-        append_key, append_value: ``[nnz, num_kv_heads, head_dim]`` fp16 | bf16, or the cache's dtype. Any strides; head_dim a multiple of 8.
+        append_key, append_value: ``[nnz, num_kv_heads, head_dim]`` fp16 | bf16, or the cache's dtype. Any strides; head_dim % 8 == 0.
         batch_indices: ``[nnz]`` int32, the request of each token; -1 marks padding, which is skipped.
         positions: ``[nnz]`` int32, the position of each token in its request.
         paged_kv_cache: fp16 | bf16 | fp8, one tensor ``[num_pages, 2, ...]`` or a pair ``(k_cache, v_cache)``; see ``kv_layout``. Written.
@@ -117,7 +117,7 @@ def append_paged_mla_kv_cache(
     _append(call, destinations, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 def _append(
     call: str,
     destinations: list[_Destination],
@@ -142,10 +142,8 @@ def _append(
     dtypes = {(d.rows.dtype, d.cache.dtype) for d in destinations}
     groups = [destinations] if len(dtypes) == 1 else [[d] for d in destinations]
     for group in groups:
-        rows, caches = [d.rows for d in group], [d.cache for d in group]
-        if len(group) == 1:
-            rows, caches = [*rows, None], [*caches, None]
-        torch.ops.cute_infer.append_paged_(*rows, *where, *caches, *table)
+        a, b = group[0], group[1] if len(group) == 2 else None
+        torch.ops.cute_infer.append_paged_(a.rows, b and b.rows, *where, a.cache, b and b.cache, *table)
 
 
 def _check_destination(call: str, d: _Destination, first: _Destination) -> None:
@@ -177,11 +175,9 @@ def _index_array(call: str, name: str, array: torch.Tensor, length: int | None, 
     return array.to(torch.int32).contiguous()
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- launch
+# --------------------------------------------------------------------------------------------------------------- launch
 @functools.lru_cache(maxsize=256)
-def _kernel(
-    device: torch.device, row_dtype: torch.dtype, cache_dtype: torch.dtype, second: bool, rows_of_16: bool
-) -> Callable[..., Any]:
+def _kernel(device: torch.device, row_dtype: torch.dtype, cache_dtype: torch.dtype, second: bool, rows_of_16: bool) -> Callable[..., Any]:
     spec = AppendSpec(dtype_name(row_dtype), dtype_name(cache_dtype), second)
     target = Target.detect(device)
     return get_kernel(PATH, spec, choose(spec, target, rows_of_16), target).fn
@@ -218,7 +214,7 @@ def _launch(
     kernel(first, second, batch_indices, positions, first_cache, second_cache, kv_indices, kv_indptr)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- torch op
+# ------------------------------------------------------------------------------------------------------------- torch op
 def _append_reference(
     first: torch.Tensor,
     second: torch.Tensor | None,

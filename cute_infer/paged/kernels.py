@@ -3,11 +3,11 @@
     cache[page, slot, head, :] = convert(rows[token, head, :])
     page = kv_indices[kv_indptr[batch_indices[token]] + positions[token] // page_size],  slot = positions[token] % page_size
 
-One warp owns up to 128 vectors of one token (and the same of the second tensor): every lane loads 64 bytes of each before it knows where they
-go, so the chain of page-table reads (batch_indices, kv_indptr, kv_indices) hides behind the copy.
+One warp owns up to 128 vectors of one token (and the same of the second tensor): every lane loads 64 bytes of each before it knows where
+they go, so the chain of page-table reads (batch_indices, kv_indptr, kv_indices) hides behind the copy.
 
-Grid: (tokens / 4, vectors of a token / 128), 128 threads. Head dim, head count and page size are run-time values: one compiled kernel serves
-every model of a dtype.
+Grid: (tokens / 4, vectors of a token / 128), 128 threads. Head dim, head count and page size are run-time values: one compiled kernel
+serves every model of a dtype.
 
 Never written: rows whose batch index is negative or not a request, negative positions, positions past the request's last page, pages
 outside the cache. Addresses are 64-bit throughout; caches of more than 2^31 elements are ordinary.
@@ -178,7 +178,7 @@ class AppendRows:
         """Round to nearest even and saturate, on the bits of fp32: sm_80 has no conversion to fp8.
 
         Normal results: drop the low mantissa bits after adding half of the last kept bit (minus one, plus the kept bit: ties to even).
-        Subnormal results: adding a power of two whose last mantissa bit weighs as much as the smallest subnormal makes the fp32 adder round.
+        Subnormal results: the fp32 adder rounds, once a power of two is added whose last bit weighs as much as the smallest subnormal.
         """
         mantissa, bias, largest = (3, 7, 448.0) if const_expr(self.spec.cache_dtype == "float8_e4m3fn") else (2, 15, 57344.0)
         dropped = 23 - mantissa

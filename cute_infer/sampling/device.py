@@ -13,6 +13,14 @@ KEY_NEG_INF = 0x007FFFFF  # order_key(-inf): no smaller key belongs to a number
 
 
 @cute.jit
+def divide(a: Float32, b: Float32) -> Float32:
+    """a / b with one Newton step, rounded as IEEE division in all but rare cases, without its slow-path call. For normal b and a / b."""
+    r = cute.arch.rcp_approx(b)
+    q = a * r
+    return q + r * (a - q * b)
+
+
+@cute.jit
 def order_key(x: Float32) -> Uint32:
     """Unsigned key with the order of the floats: negative numbers are complemented, the others get the sign bit set."""
     bits = x.bitcast(Uint32)
@@ -28,9 +36,9 @@ def key_value(key: Uint32) -> Float32:
 
 
 @cute.jit
-def opaque(x: Float32) -> Float32:
-    """x, computed anew as far as the compiler knows: stops it from keeping whole rows of derived values live across a loop."""
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+def opaque(x, dtype: cutlass.Constexpr):
+    """x (32 bits), a new value as far as the compiler knows: nothing derived from it in one pass is kept in registers for the next."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
 
 
 class Thread(NamedTuple):
@@ -45,11 +53,11 @@ class Thread(NamedTuple):
 
 @cute.jit
 def this_thread(warps: cutlass.Constexpr, cluster: cutlass.Constexpr) -> Thread:
-    """Read from special registers at every call: cheaper than five registers held through the whole kernel."""
-    tid = cute.arch.inline_ptx("mov.u32 {$w0}, %%tid.x;", write_only_types=[Int32])
+    """Derived anew at every call: cheaper than five registers held through the whole kernel."""
+    tid = opaque(cute.arch.thread_idx()[0], Int32)
     rank = Int32(0)
     if const_expr(cluster > 1):
-        rank = cute.arch.inline_ptx("mov.u32 {$w0}, %%cluster_ctarank;", write_only_types=[Int32])
+        rank = opaque(cute.arch.block_idx_in_cluster(), Int32)
     warp = tid >> 5
     return Thread(tid, tid & 31, warp, rank, rank * warps + warp)
 
@@ -57,8 +65,7 @@ def this_thread(warps: cutlass.Constexpr, cluster: cutlass.Constexpr) -> Thread:
 @cute.jit
 def this_slot(cluster: cutlass.Constexpr) -> Int32:
     """The row of the output that this CTA's cluster makes."""
-    block = cute.arch.inline_ptx("mov.u32 {$w0}, %%ctaid.x;", write_only_types=[Int32])
-    return block // cluster
+    return opaque(cute.arch.block_idx()[0], Int32) // cluster
 
 
 @cute.jit

@@ -41,9 +41,9 @@ from .device import (
     KEY_NEG_INF,
     Thread,
     add_wide,
+    divide,
     draw_below,
     key_value,
-    opaque,
     order_key,
     peer_load,
     peer_load_i64,
@@ -60,6 +60,7 @@ LN_2 = 0.6931471805599453
 ONE = float(1 << 31)  # the mass of the most likely token
 BINS, LOG2_BINS = 1024, 10
 BINADES = 32  # a mass below 2**-32 of the largest is zero, so level 0 never looks further down
+UNROLL_ELEMENTS = 8  # elements in flight per thread and pass
 NO_COUNT = 0x7FFFFFFF
 NO_MASS = 1 << 62
 
@@ -67,7 +68,7 @@ DTYPES = {"float32": cutlass.Float32, "float16": cutlass.Float16, "bfloat16": cu
 
 
 class Row(NamedTuple):
-    """What every pass reads. values: this thread's registers (chunk c is values[:, c]); source: the row in memory."""
+    """What every pass reads. values: shared memory [vector, thread, chunk]; source: the row in memory."""
 
     values: cute.Tensor
     source: cute.Tensor
@@ -81,8 +82,9 @@ class Row(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory. Histograms are [3 * BINS]; totals are one word per warp."""
+    """Shared memory. The CTA's part of the row; histograms [3 * BINS]; one word per warp for each sum; the search's state."""
 
+    row: cute.Tensor
     count: cute.Tensor
     mass_low: cute.Tensor
     mass_high: cute.Tensor
@@ -109,7 +111,8 @@ class RowKernel:
         self.row_warps = self.warps * tile.cluster
         self.resident = tile.per_thread > 0
         self.static_chunks = max(1, tile.per_thread // self.vector)
-        self.unroll = -1 if self.resident else 2
+        self.load_unroll = max(1, 32 // self.vector)  # 128 (fp32) bytes per thread on the way to memory
+        self.unroll = max(1, UNROLL_ELEMENTS // self.vector)
         self.is_logits = spec.source == "logits"
         self.draws = spec.output == "ids"
         self.has_k, self.has_p = spec.top_k != "none", spec.top_p != "none"
@@ -232,7 +235,7 @@ class RowKernel:
             t = self.parameter(temperature, temperature_value, slot)
             greedy = t <= Float32(0.0)
             if not greedy:
-                inverse_t = Float32(LOG2_E) / t
+                inverse_t = divide(Float32(LOG2_E), t)
         row = self.with_scales(row, minimum, inverse_t)
 
         threshold_key = Uint32(KEY_NEG_INF)
@@ -253,13 +256,22 @@ class RowKernel:
         row = self.place(row, self.source_row(x, indices, slot))
         if const_expr(self.draws):
             floor = self.min_p_floor(row, min_p, min_p_value, slot)
-            bits = uniform53(
-                self.parameter(seed, seed_value, slot),
-                self.parameter(offset, offset_value, slot),
-                slot * row_in_counter,
-                Int32(0),
-            )
-            self.draw(row, smem, slot, threshold, floor, bits, greedy, is_valid, out, valid, logprob)
+            total, before, own = self.kept_total(row, smem, threshold, floor)
+            if const_expr(self.tile.cluster > 1):
+                cute.arch.cluster_arrive()  # this CTA has read its peers for the last time
+            seed_here, offset_here = self.parameter(seed, seed_value, slot), self.parameter(offset, offset_value, slot)
+            target = draw_below(uniform53(seed_here, offset_here, slot * row_in_counter, Int32(0)), total)
+            target = Int64(0) if greedy else target
+            if is_valid and before <= target and target < before + own:
+                self.walk(row, slot, threshold, floor, target, before, total, out, valid, logprob)
+            at = self.thread()
+            if not is_valid and at.warp_in_row == 0 and at.lane == 0:
+                out[slot] = Int32(0)
+                valid[slot] = Uint8(0)
+                if const_expr(self.spec.logprob):
+                    logprob[slot] = -Float32.inf
+            if const_expr(self.tile.cluster > 1):
+                cute.arch.cluster_wait()  # peers may still be reading this CTA's shared memory
         else:
             self.write(row, smem, threshold, greedy, is_valid, out[Int64(slot), None])
 
@@ -274,7 +286,9 @@ class RowKernel:
         def array(dtype, size):
             return smem.allocate_tensor(dtype, cute.make_layout(size), byte_alignment=16)
 
+        row_shape = (self.vector, self.tile.threads, self.static_chunks) if const_expr(self.resident) else (1, 1, 1)
         return Scratch(
+            array(self.dtype, row_shape),
             array(Uint32, bins),
             array(Uint32, mass_bins),
             array(Uint32, mass_bins),
@@ -321,31 +335,28 @@ class RowKernel:
         )
 
     @cute.jit
-    def load(self, source: cute.Tensor, vector_idx: Int32, vocab: Int32, values: cute.Tensor):
-        """One vector of the row as fp32; -inf beyond the vocabulary."""
-        if const_expr(self.vector == 1):
-            values[0] = -Float32.inf
-            if vector_idx < vocab:
-                values[0] = source[vector_idx].to(Float32)
-        else:
-            raw = cute.make_rmem_tensor(self.vector, self.dtype)
-            if vector_idx * self.vector < vocab:
-                cute.autovec_copy(cute.local_tile(source, (self.vector,), (vector_idx,)), raw)
-                for j in cutlass.range_constexpr(self.vector):
-                    values[j] = raw[j].to(Float32)
+    def load(self, source: cute.Tensor, vector_idx: Int32, vocab: Int32, raw: cute.Tensor):
+        """One vector of the row; -inf beyond the vocabulary."""
+        if vector_idx * self.vector < vocab:
+            if const_expr(self.vector == 1):
+                raw[0] = source[vector_idx]
             else:
-                for j in cutlass.range_constexpr(self.vector):
-                    values[j] = -Float32.inf
+                cute.autovec_copy(cute.local_tile(source, (self.vector,), (vector_idx,)), raw)
+        else:
+            for j in cutlass.range_constexpr(self.vector):
+                raw[j] = self.dtype(-Float32.inf)
 
     @cute.jit
     def chunk(self, row: Row, c: Int32) -> cute.Tensor:
-        """Chunk c of this thread: registers, or memory again."""
-        values = cute.make_rmem_tensor(self.vector, Float32)
+        """Chunk c of this thread as fp32, from shared memory or from memory again."""
+        raw = cute.make_rmem_tensor(self.vector, self.dtype)
         if const_expr(self.resident):
-            for j in cutlass.range_constexpr(self.vector):
-                values[j] = opaque(row.values[j, c])  # else masses and keys of one pass would be kept for the next
+            cute.autovec_copy(row.values[None, self.thread().tid, c], raw)
         else:
-            self.load(row.source, row.first_vector + c * 32, row.vocab, values)
+            self.load(row.source, row.first_vector + c * 32, row.vocab, raw)
+        values = cute.make_rmem_tensor(self.vector, Float32)
+        for j in cutlass.range_constexpr(self.vector):
+            values[j] = raw[j].to(Float32)
         return values
 
     @cute.jit
@@ -358,20 +369,19 @@ class RowKernel:
     def read_row(self, source: cute.Tensor, smem: Scratch):
         """(row, this thread's maximum, the row's smallest value that matters); row.maximum is NaN when any element is."""
         at = self.thread()
-        values = cute.make_rmem_tensor(cute.make_layout((self.vector, self.static_chunks)), Float32)
         none, zero = Int32(0), Float32(0.0)
-        row = self.place(Row(values, source, none, none, none, zero, zero, zero, Uint32(0)), source)
-        if const_expr(self.resident):
-            for c in cutlass.range_constexpr(self.static_chunks):
-                self.load(source, row.first_vector + c * 32, row.vocab, values[None, c])
-
+        row = self.place(Row(smem.row, source, none, none, none, zero, zero, zero, Uint32(0)), source)
         high, low = -Float32.inf, Float32.inf
         lowest = -Float32.inf if const_expr(self.is_logits) else Float32(0.0)
-        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll, unroll_full=self.resident):
-            x = self.chunk(row, c)
+        for c in cutlass.range(self.loop_bound(row), unroll=self.load_unroll):
+            raw = cute.make_rmem_tensor(self.vector, self.dtype)
+            self.load(source, row.first_vector + c * 32, row.vocab, raw)
+            if const_expr(self.resident):
+                cute.autovec_copy(raw, row.values[None, at.tid, c])  # each thread reads back only what it wrote: no barrier
             for j in cutlass.range_constexpr(self.vector):
-                high = cute.arch.fmax(high, x[j], nan=True)
-                low = cute.arch.fmin(low, x[j] if x[j] > lowest else Float32.inf)
+                value = raw[j].to(Float32)
+                high = cute.arch.fmax(high, value, nan=True)
+                low = cute.arch.fmin(low, value if value > lowest else Float32.inf)
         thread_max = high
 
         for step in cutlass.range_constexpr(5):
@@ -398,13 +408,13 @@ class RowKernel:
         """The factors of the mass and of the level-0 bins."""
         if const_expr(self.is_logits):
             # 2**-32 of the largest mass is BINADES / inverse_t below the maximum; a narrower row gets narrower bins.
-            span = cute.arch.fmin(row.maximum - minimum, Float32(BINADES) / inverse_t)
+            span = cute.arch.fmin(row.maximum - minimum, divide(Float32(BINADES), inverse_t))
             span = cute.arch.fmax(span, Float32(1e-30))
-            return row._replace(scale=inverse_t, bin_scale=Float32(BINS) / span)
+            return row._replace(scale=inverse_t, bin_scale=divide(Float32(BINS), span))
         span = order_key(row.maximum) - order_key(minimum)
         shift = self.bin_shift(span)
         widest = Uint32(23 + 5 - LOG2_BINS)  # 2**23 keys per binade, BINADES = 2**5
-        return row._replace(scale=Float32(ONE) / row.maximum, bin_shift=shift if shift < widest else widest)
+        return row._replace(scale=divide(Float32(ONE), row.maximum), bin_shift=shift if shift < widest else widest)
 
     # ---- elements -------------------------------------------------------------------------------------------------------------------
 
@@ -454,7 +464,7 @@ class RowKernel:
                 total = self.total_mass(row, smem)
                 p_limit = self.nucleus(p, total)
                 # vocab * smallest <= total - p_limit, so the masses above `smallest` still reach p_limit. Rounded down generously.
-                slack = Float32(total - p_limit) / Float32(row.vocab) * Float32(0.999)
+                slack = Float32(total - p_limit) * cute.arch.rcp_approx(Float32(row.vocab)) * Float32(0.999)
                 smallest = Uint32(slack)
         if const_expr(self.has_k):
             if use_k:
@@ -490,7 +500,7 @@ class RowKernel:
     @cute.jit
     def total_mass(self, row: Row, smem: Scratch) -> Int64:
         mine = Int64(0)
-        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll, unroll_full=self.resident):
+        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll):
             x = self.chunk(row, c)
             for j in cutlass.range_constexpr(self.vector):
                 mine += Int64(self.mass(row, x[j]))
@@ -520,7 +530,7 @@ class RowKernel:
     @cute.jit
     def tally_coarse(self, row: Row, smem: Scratch, last_bin: Int32, smallest: Uint32, use_k, use_p):
         """Level 0, into histogram 0. Counts only if top-k asks, masses only if top-p does."""
-        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll, unroll_full=self.resident):
+        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll):
             x = self.chunk(row, c)
             for j in cutlass.range_constexpr(self.vector):
                 b = self.coarse_bin(row, x[j])
@@ -537,7 +547,7 @@ class RowKernel:
     @cute.jit
     def tally_keys(self, row: Row, smem: Scratch, low: Uint32, high: Uint32, shift: Uint32, buffer: Int32, use_p):
         """Level >= 1: elements with low <= key <= high, bins of 2**shift keys from high down."""
-        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll, unroll_full=self.resident):
+        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll):
             x = self.chunk(row, c)
             for j in cutlass.range_constexpr(self.vector):
                 distance = high - order_key(x[j])
@@ -719,57 +729,48 @@ class RowKernel:
         return Uint32(real) if keep else Uint32(0)
 
     @cute.jit
-    def draw(
+    def kept_total(self, row: Row, smem: Scratch, threshold: Float32, floor: Float32):
+        """(kept mass of the row, of all earlier warps, of this warp)."""
+        mine = Int64(0)
+        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll):
+            x = self.chunk(row, c)
+            for j in cutlass.range_constexpr(self.vector):
+                mine += Int64(self.kept_mass(row, x[j], threshold, floor))
+        return self.row_prefix(mine, smem.kept_low, smem.kept_high)
+
+    @cute.jit
+    def walk(
         self,
         row: Row,
-        smem: Scratch,
         slot: Int32,
         threshold: Float32,
         floor: Float32,
-        bits: Int64,
-        greedy,
-        is_valid,
+        target: Int64,
+        before: Int64,
+        total: Int64,
         out: cute.Tensor,
         valid: cute.Tensor,
         logprob: typing.Optional[cute.Tensor],
     ):
-        """Inverse CDF over the kept masses in index order; greedy takes the first of the largest."""
-        mine = Int64(0)
-        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll, unroll_full=self.resident):
+        """The warp whose stretch holds `target` finds the token: inverse CDF in index order."""
+        lane = self.thread().lane
+        for c in cutlass.range(self.loop_bound(row), unroll=1):
             x = self.chunk(row, c)
+            vector_idx = row.first_vector + c * 32
+            lane_mass = Int64(0)
             for j in cutlass.range_constexpr(self.vector):
-                mine += Int64(self.kept_mass(row, x[j], threshold, floor))
-        total, before, own = self.row_prefix(mine, smem.kept_low, smem.kept_high)
-        if const_expr(self.tile.cluster > 1):
-            cute.arch.cluster_arrive()  # this CTA has read its peers for the last time
-        target = Int64(0) if greedy else draw_below(bits, total)
-        lane, warp_in_row = self.thread().lane, self.thread().warp_in_row
-        if is_valid and before <= target and target < before + own:
-            for c in cutlass.range(self.loop_bound(row), unroll=1):
-                x = cute.make_rmem_tensor(self.vector, Float32)
-                vector_idx = row.first_vector + c * 32
-                self.load(row.source, vector_idx, row.vocab, x)
-                lane_mass = Int64(0)
-                for j in cutlass.range_constexpr(self.vector):
-                    lane_mass += Int64(self.kept_mass(row, x[j], threshold, floor))
-                to_here = warp_inclusive_sum(lane_mass, lane)
-                running = before + to_here - lane_mass
-                for j in cutlass.range_constexpr(self.vector):
-                    w = self.kept_mass(row, x[j], threshold, floor)
-                    if running <= target and target < running + Int64(w):
-                        out[slot] = vector_idx * self.vector + j
-                        valid[slot] = Uint8(1)
-                        if const_expr(self.spec.logprob):
-                            logprob[slot] = Float32(LN_2) * cute.math.log2(Float32(w) / Float32(total))
-                    running += Int64(w)
-                before += cute.arch.shuffle_sync(to_here, 31)
-        if not is_valid and warp_in_row == 0 and lane == 0:
-            out[slot] = Int32(0)
-            valid[slot] = Uint8(0)
-            if const_expr(self.spec.logprob):
-                logprob[slot] = -Float32.inf
-        if const_expr(self.tile.cluster > 1):
-            cute.arch.cluster_wait()  # peers may still be reading this CTA's shared memory
+                lane_mass += Int64(self.kept_mass(row, x[j], threshold, floor))
+            to_here = warp_inclusive_sum(lane_mass, lane)
+            running = before + to_here - lane_mass
+            for j in cutlass.range_constexpr(self.vector):
+                w = self.kept_mass(row, x[j], threshold, floor)
+                if running <= target and target < running + Int64(w):
+                    out[slot] = vector_idx * self.vector + j
+                    valid[slot] = Uint8(1)
+                    if const_expr(self.spec.logprob):
+                        logprob[slot] = Float32(LN_2) * (cute.math.log2(Float32(w)) - cute.math.log2(Float32(total)))
+                running += Int64(w)
+            before += cute.arch.shuffle_sync(to_here, 31)
 
     @cute.jit
     def write(self, row: Row, smem: Scratch, threshold: Float32, greedy, is_valid, out: cute.Tensor):
@@ -777,18 +778,18 @@ class RowKernel:
         share, filler = Float32(0.0), Float32(0.0)
         if const_expr(self.spec.output != "mask"):
             mine = Float32(0.0)
-            for c in cutlass.range(self.loop_bound(row), unroll=self.unroll, unroll_full=self.resident):
+            for c in cutlass.range(self.loop_bound(row), unroll=self.unroll):
                 x = self.chunk(row, c)
                 for j in cutlass.range_constexpr(self.vector):
                     mine += self.real_mass(row, x[j]) if x[j] >= threshold else Float32(0.0)
             # thread sums of at most 64 * 2**31 become integers in units of 2**-40 of the largest mass: the rest of the sum is exact
             total, _, _ = self.row_prefix(Int64(mine * Float32(512.0)), smem.kept_low, smem.kept_high)
-            share = Float32(512.0) / Float32(total)
+            share = divide(Float32(512.0), Float32(total))
             if row.maximum != row.maximum:
                 filler = row.maximum  # NaN in, NaN out; an all -inf or all-zero row becomes zeros
         if const_expr(self.tile.cluster > 1):
             cute.arch.cluster_arrive()
-        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll, unroll_full=self.resident):
+        for c in cutlass.range(self.loop_bound(row), unroll=self.unroll):
             x = self.chunk(row, c)
             y = cute.make_rmem_tensor(self.vector, out.element_type)
             for j in cutlass.range_constexpr(self.vector):

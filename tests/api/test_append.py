@@ -111,7 +111,8 @@ def test_broken_page_tables_write_nothing_out_of_range(indices: torch.Tensor, in
     cache = guard[PAGES : 2 * PAGES]
     batch = torch.arange(3, dtype=torch.int32).repeat_interleave(12)
     key, value = new_rows(36)
-    append_paged_kv_cache(key, value, batch, ints(*range(12)).repeat(3), cache, indices, indptr, torch.zeros(len(indptr) - 1, dtype=torch.int32))
+    last = torch.zeros(len(indptr) - 1, dtype=torch.int32)
+    append_paged_kv_cache(key, value, batch, ints(*range(12)).repeat(3), cache, indices, indptr, last)
     assert guard[:PAGES].eq(7).all() and guard[2 * PAGES :].eq(7).all()
     touched = {p for p in range(PAGES) if cache[p].ne(7).any()}
     assert touched <= set(indices.tolist())
@@ -168,7 +169,8 @@ def test_fp8_saturates_and_keeps_nan(dtype: torch.dtype, largest: float) -> None
 def test_strided_rows() -> None:
     cache, k, v = new_cache("pair", "NHD")
     fused = torch.randn(4, 3 * HEADS, DIM).half()  # q, k and v of one projection
-    append_paged_kv_cache(fused[:, HEADS : 2 * HEADS], fused[:, 2 * HEADS :], ints(0, 0, 2, 2), ints(0, 1, 7, 8), cache, INDICES, INDPTR, LAST)
+    key, value = fused[:, HEADS : 2 * HEADS], fused[:, 2 * HEADS :]
+    append_paged_kv_cache(key, value, ints(0, 0, 2, 2), ints(0, 1, 7, 8), cache, INDICES, INDPTR, LAST)
     assert torch.equal(k[7, 0], fused[0, HEADS : 2 * HEADS]) and torch.equal(v[8, 0], fused[3, 2 * HEADS :])
 
 
@@ -179,7 +181,7 @@ def test_int64_indices_are_welcome() -> None:
     assert torch.equal(k[8, 0], key[0])
 
 
-# -------------------------------------------------------------------------------------------------------------------------------------- MLA
+# ------------------------------------------------------------------------------------------------------------------ MLA
 @pytest.mark.parametrize("dtype", [FP16, E4M3])
 def test_mla(dtype: torch.dtype) -> None:
     buffer = torch.zeros(PAGES, PAGE, 48).to(dtype)
@@ -214,7 +216,7 @@ def test_mla_without_caches() -> None:
         append_paged_mla_kv_cache(*rows, ints(0), ints(0), None, None, INDICES, INDPTR, LAST)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- tracing
+# -------------------------------------------------------------------------------------------------------------- tracing
 def test_torch_compile_without_graph_breaks() -> None:
     cache, k, v = new_cache("combined", "NHD")
     key, value = new_rows(2)
@@ -236,7 +238,7 @@ def test_op_registration() -> None:
     torch.library.opcheck(torch.ops.cute_infer.append_paged_.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 KEY, VALUE = new_rows(2)
 WHERE = ints(0, 2), ints(5, 3)
 TABLE = INDICES, INDPTR, LAST
@@ -255,7 +257,7 @@ TABLE = INDICES, INDPTR, LAST
         ({"indices": INDICES.to("meta")}, errors.DeviceError, "kv_indices"),
         ({"layout": "NDH"}, errors.LayoutError, "kv_layout"),
         ({"cache": torch.zeros(PAGES, 3, PAGE, HEADS, DIM).half()}, errors.ShapeError, "2"),
-        ({"cache": (torch.zeros(PAGES, PAGE, HEADS, DIM).half(), torch.zeros(PAGES - 1, PAGE, HEADS, DIM).half())}, errors.ShapeError, "num_pages"),
+        ({"cache": [torch.zeros(n, PAGE, HEADS, DIM).half() for n in (PAGES, PAGES - 1)]}, errors.ShapeError, "num_pages"),
         ({"cache": torch.zeros(PAGES, 2, PAGE, HEADS, DIM)}, errors.DTypeError, "float32"),
         ({"cache": {"k": 1}}, errors.DTypeError, "paged_kv_cache"),
     ],
@@ -273,7 +275,7 @@ def test_head_dim_that_no_vector_fits() -> None:
         append_paged_kv_cache(KEY[..., :12], VALUE[..., :12], *WHERE, cache, *TABLE)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------ tiles
+# ---------------------------------------------------------------------------------------------------------------- tiles
 def test_tiles_follow_the_dtype_and_the_chip() -> None:
     sm80, sm90 = Target.parse("sm_80"), Target.parse("sm_90a")
     to_fp8 = AppendSpec("bfloat16", "float8_e4m3fn")

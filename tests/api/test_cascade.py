@@ -50,13 +50,11 @@ def whole(q: torch.Tensor, kv: torch.Tensor, rows: list[int], layout: str = "NHD
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rows", [[1, 1, 1], [3, 1, 2]])
+@pytest.mark.parametrize("rows", [[1, 1, 1], [3, 1, 2]])  # never more than a request's own keys: causal rows stay within them
 def test_three_levels_equal_one(rows: list[int], causal: bool, layout: str) -> None:
     q, kv = torch.randn(sum(rows), QO, DIM).half(), cache(layout)
     wrapper = MultiLevelCascadeAttentionWrapper(3, torch.empty(1024, dtype=torch.uint8), layout)
     wrapper.plan(*plan_arrays(rows), QO, KV, DIM, PAGE, causal=causal)
-    if causal and rows[1] > OWN_LENGTHS[1]:
-        pytest.skip("more query rows than own keys: a causal row would look into the shared part")
     out, lse = wrapper.run(q, kv, return_lse=True)
     want, want_lse = whole(q, kv, rows, layout, causal=causal)
     torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)

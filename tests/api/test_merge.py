@@ -149,16 +149,7 @@ def test_partials_of_a_split(lse_scale: float) -> None:
     torch.testing.assert_close(out, whole[0].half(), rtol=1e-3, atol=1e-3)
 
 
-def test_results_do_not_depend_on_neighbours() -> None:
-    parts, _ = random_segments([4, 3, 9], seed=6)
-    v, s = stack(parts)
-    together = merge_states(v, s)
-    alone = [merge_states(v[i : i + 1], s[i : i + 1]) for i in range(ROWS)]
-    assert torch.equal(together[0], torch.cat([a[0] for a in alone]))
-    assert torch.equal(together[1], torch.cat([a[1] for a in alone]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------- tracing
+# -------------------------------------------------------------------------------------------------------------- tracing
 def test_torch_compile_without_graph_breaks() -> None:
     (a, b), whole = random_segments([5, 6], seed=7)
 
@@ -188,7 +179,7 @@ def test_op_registration(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.cute_infer, name).default, args, test_utils=("test_schema", "test_faketensor"))
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 V, S = torch.zeros(ROWS, HEADS, DIM), torch.zeros(ROWS, HEADS)
 
 
@@ -245,7 +236,7 @@ def test_states_refusals(v: torch.Tensor, s: torch.Tensor, error: type[Exception
         merge_states(v, s)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------ tiles
+# ---------------------------------------------------------------------------------------------------------------- tiles
 def test_tile_grows_with_the_states_and_a_pair_is_one_round() -> None:
     tiles = [merge_module.choose(n) for n in (1, 2, 3, 4, 5, 16, 17, 1000)]
     assert [t.ways for t in tiles] == sorted(t.ways for t in tiles)

@@ -4,6 +4,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
 
 
 class Tiny:
@@ -23,7 +24,7 @@ class Tiny:
 
     @cute.kernel
     def kernel(self, x: cute.Tensor, n: cutlass.Int32):
-        smem = cutlass.utils.SmemAllocator().allocate_tensor(cutlass.Float32, cute.make_layout(self.tile.smem // 4))
+        smem = SmemAllocator().allocate_tensor(cutlass.Float32, cute.make_layout(self.tile.smem // 4))
         i = cute.arch.thread_idx()[0]
         for _ in cutlass.range(n, unroll=1):
             smem[i] = x[i]

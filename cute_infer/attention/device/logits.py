@@ -40,10 +40,10 @@ def alibi_slope(head: Int32, num_heads: Int32):
 
     With n the largest power of two not above num_heads: 2^(-8 (h + 1) / n) for the first n heads, then 2^(-4 (2 (h - n) + 1) / n).
     """
-    log2_n = 31 - cute.arch.clz(num_heads)
-    n = Float32(Int32(1) << log2_n)
-    past = head - (Int32(1) << log2_n)
-    exponent = -8.0 * Float32(head + 1) if past < 0 else -4.0 * Float32(2 * past + 1)
+    # Through floats: with n as 1 << (31 - clz), the compiler's range analysis takes n for negative and drops the first branch.
+    n = cute.arch.exp2(Float32(31 - cute.arch.clz(num_heads)))
+    h = Float32(head)
+    exponent = -8.0 * (h + 1.0) if h < n else -4.0 * (2.0 * (h - n) + 1.0)
     return cute.arch.exp2(exponent / n)
 
 

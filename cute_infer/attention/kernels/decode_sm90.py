@@ -50,6 +50,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from ..device.args import CUTE_DTYPES, fake_args
+from ..device.logits import alibi_slope
 from ..spec import AttentionSpec
 from ..tiles_decode_sm90 import (
     COLUMNS,
@@ -273,17 +274,6 @@ class DecodeSm90:
             if warp == 0:
                 cpasync.prefetch_descriptor(k_load)
                 cpasync.prefetch_descriptor(v_load)
-        if const_expr(tile.pdl and not tile.early_metadata):
-            cute.arch.griddepcontrol_wait()
-
-        rank, _, _ = cute.arch.block_idx()
-        item = self.find_item(num_splits)
-        work = self.find_work(
-            item, k, kv_indptr, kv_last_page_len, window_left, num_splits, rank * self.warps_per_head + warp // tile.heads_per_item, warp
-        )
-        ids = self.load_page_ids(work, kv_indices, Int32(0), lane)
-        next_ids = self.load_page_ids(work, kv_indices, Int32(self.id_steps), lane)
-
         memory = SmemAllocator()
         ring = memory.allocate(tile.warps * self.warp_region, byte_alignment=1024)
         s_k = cute.make_tensor(cute.recast_ptr(ring, k_ring.inner, dtype=self.kv_dtype), k_ring.outer)
@@ -300,6 +290,17 @@ class DecodeSm90:
                 cute.arch.mbarrier_init(full + slot, 32 if self.gathers else 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()
+
+        if const_expr(tile.pdl and not tile.early_metadata):
+            cute.arch.griddepcontrol_wait()
+
+        rank, _, _ = cute.arch.block_idx()
+        item = self.find_item(num_splits)
+        work = self.find_work(
+            item, k, kv_indptr, kv_last_page_len, window_left, num_splits, rank * self.warps_per_head + warp // tile.heads_per_item, warp
+        )
+        ids = self.load_page_ids(work, kv_indices, Int32(0), lane)
+        next_ids = self.load_page_ids(work, kv_indices, Int32(self.id_steps), lane)
 
         ring_address = Uint32(ring.toint()) + Uint32(warp * self.warp_region)
         if const_expr(self.gathers):
@@ -1039,11 +1040,3 @@ def float_bits(x: Float32):
 def bits_float(x: Int32):
     """The float with a bit pattern."""
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
-
-
-@cute.jit
-def alibi_slope(head: Int32, num_heads: Int32):
-    """2^(-8 (h + 1) / n) for the first n = 2^floor(log2 H) heads; the others interleave: 2^(-4 (2 (h - n) + 1) / n)."""
-    power = Int32(1) << (31 - cute.arch.clz(Int32(num_heads)))
-    exponent = -8.0 * Float32(head + 1) if head < power else -4.0 * Float32(2 * (head - power) + 1)
-    return cute.arch.exp2(exponent / Float32(power))

@@ -299,9 +299,10 @@ class PrefillSm80:
         else:
             start = Int32(0)  # requests start .. start + 31 are looked at together; q_tile counts from the first of them
             while start < batch:
-                candidate = start + lane
-                at = qo_indptr[candidate] if candidate < batch else Int32(0)
-                length = qo_indptr[candidate + 1] - at if candidate < batch else Int32(0)
+                candidate = cutlass.min(start + lane, batch - 1)
+                at = qo_indptr[candidate]
+                length = qo_indptr[candidate + 1] - at
+                length = length if start + lane < batch else Int32(0)
                 tiles = cute.ceil_div(length * self.spec.group_size, self.tile.tile_q)
                 through = tiles  # tiles of requests start .. candidate
                 for i in cutlass.range_constexpr(5):

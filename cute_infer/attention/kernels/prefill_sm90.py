@@ -23,8 +23,8 @@ Pipelines (mbarriers)
 
 Named barriers: 1 + g, 128 threads: group g agrees on its O buffer, and on a V tail it has zeroed. Nothing spans two groups after the start.
 
-Order inside a group: Q K^T of tile n is issued before P V of tile n - 1, so the tensor cores work while the softmax of tile n runs; keys go right
-to left, the tiles a mask cuts (end of keys, diagonal, window) have their own loops, and only they pay for masking.
+Order inside a group: Q K^T of tile n is issued before P V of tile n - 1, so the tensor cores work while the softmax of tile n runs;
+keys go right to left; the tiles a mask cuts (end of keys, diagonal, window) have their own loops, and only they pay for masking.
 
 Shared memory (d = 128): Q 2*32 KiB, O 32 KiB, K and V 2 stages * 32 KiB each = 224 of 227 KiB.
 Compute bound: 4 * head_dim FLOP per (query, visible key); exp2 runs at 16 per clock and SM, half the time of the wgmmas at d = 128.
@@ -260,6 +260,8 @@ class PrefillSm90:
         work_bars = shared.allocate_array(Int64, 2)
         work = shared.allocate_tensor(Int32, cute.make_layout(5), byte_alignment=16)
         if warp == 0:
+            for descriptor in (q_tma, k_tma, v_tma, o_tma):
+                cpasync.prefetch_descriptor(descriptor)
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(num_q):
                     cute.arch.mbarrier_init(q_full + i, 1)
@@ -329,7 +331,7 @@ class PrefillSm90:
                 self.load_tile(v_tma, from_v, t_v, state.index, kv_tile, kv_head, page_ids, events.v.producer_get_barrier(state))
                 state.advance()
                 page_ids = next_ids
-            # Drawn after the last load, not before: the ring still holds unread tiles, which hides the latency, and a later draw balances better.
+            # Drawn after the last load: the ring still holds unread tiles, which hides the latency, and a later draw balances better.
             ticket = Int32(0)
             if lane == 0:
                 ticket = cute.arch.atomic_add(memory.status.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
@@ -379,7 +381,7 @@ class PrefillSm90:
 
     @cute.jit
     def page_ids(self, memory, item, num_pages: Int32, kv_tile: Int32, first: Int32):
-        """Lane j: the page of the j-th box of a tile, not before tile ``first``. A missing page becomes ``num_pages``, for which TMA fills zeros."""
+        """Lane j: the page of the tile's j-th box (tiles from ``first`` on). A missing page becomes ``num_pages``: TMA fills zeros."""
         page = Int32(0)
         if const_expr(self.paged):
             lane = cute.arch.lane_idx()
@@ -406,7 +408,8 @@ class PrefillSm90:
                 box, page = kv_tile % layout.tiles_per_page, cute.arch.shuffle_sync(page_ids, 0)
             cute.copy(tma, from_g[None, (box, 0, 0, kv_head, page)], to_s[None, stage], tma_bar_ptr=barrier)
         else:
-            for j in cutlass.range(layout.boxes, unroll=1):
+            # unrolled where the addresses of all boxes fit the producer's few registers: with 3 or 4 column blocks they spilled
+            for j in cutlass.range(layout.boxes, unroll=layout.boxes if blocks <= 3 else 1):
                 page = cute.arch.shuffle_sync(page_ids, j)
                 for block in cutlass.range_constexpr(blocks):
                     cute.copy(tma, from_g[None, (0, 0, block, kv_head, page)], to_s[None, j, block, stage], tma_bar_ptr=barrier)
@@ -559,9 +562,7 @@ class PrefillSm90:
     def mask(self, m, start: Int32, pos: Int32, column: Int32, kv_len: Int32, window_left: Int32):
         """Apply every mask to the scores of the key tile that begins at ``start``."""
         origin = start + column
-        mask_scores(
-            m.acc_s, kv_len - origin, pos + 1 - origin, pos - window_left - origin, self.spec.causal, self.spec.window
-        )
+        mask_scores(m.acc_s, kv_len - origin, pos + 1 - origin, pos - window_left - origin, self.spec.causal, self.spec.window)
 
     @cute.jit
     def step(

@@ -1,10 +1,10 @@
 """Layouts of the Hopper prefill kernel: how Q, K, V and O lie in shared memory, and the TMA boxes that bring them there.
 
-A shared tile is stored as d/64 blocks of 64 columns; a block holds all rows of the tile, 128 swizzled bytes each: what wgmma reads with one
-stride between groups of 8 rows. The same bytes have two layouts: (row, column, buffer) for the MMA, and split into boxes for TMA.
+A shared tile is stored as d/64 blocks of 64 columns; a block holds all rows of the tile, 128 swizzled bytes each: what wgmma reads with
+one stride between groups of 8 rows. The same bytes have two layouts: (row, column, buffer) for the MMA, and split into boxes for TMA.
 
-Boxes: a contiguous K/V tile, a tile inside one page, and 64 rows of Q or O are one box each (all column blocks at once). Where a tile spans several
-pages a box is one page by 64 columns: with all its columns in one box, the rows of two pages would not be one stride apart.
+Boxes: a contiguous K/V tile, a tile inside one page, and 64 rows of Q or O are one box each (all column blocks at once). Where a tile
+spans several pages a box is one page by 64 columns: with all its columns in one box, the rows of two pages would not be one stride apart.
 """
 
 import cutlass.cute as cute

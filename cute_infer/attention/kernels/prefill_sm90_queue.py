@@ -2,12 +2,12 @@
 
 Tickets are drawn in order from an atomic counter. What ticket t means:
 
-1. *Request sections.* When the keys and values of one KV head over the whole batch exceed the L2 budget, requests are cut in runs of equal
-   count; the tickets of a run come before those of the next.
-2. *Head sections.* Inside a request section, as many whole GQA groups as fit the budget together, so that the CTAs in flight share K and V.
-3. *Longest first.* Inside both, query blocks in descending block index over all requests (block index major, request minor), heads innermost:
-   under a causal mask the block index is the cost, and the queue must run dry on cheap items. With many blocks the cheap quarter of all head
-   sections comes last.
+1. *Request sections.* When the keys and values of one KV head over the whole batch exceed the L2 budget, requests are cut in runs of
+   equal count; the tickets of a run come before those of the next.
+2. *Head sections.* Inside a request section, as many whole GQA groups as fit the budget together: the CTAs in flight share K and V.
+3. *Longest first.* Inside both, query blocks in descending block index over all requests (block index major, request minor), heads
+   innermost: under a causal mask the block index is the cost, and the queue must run dry on cheap items. With many blocks the cheap
+   quarter of all head sections comes last.
 
 One warp computes this, 32 requests a step; a single request needs arithmetic only.
 """
@@ -160,9 +160,7 @@ class PrefillQueue:
             if const_expr(self.single):
                 block = cursor.num_blocks - 1 - place
                 row = block * self.tile_q
-                item = WorkItem(
-                    row, lengths.total_q - row, row + lengths.total_kv - lengths.total_q, head, lengths.total_kv, zero, zero
-                )
+                item = WorkItem(row, lengths.total_q - row, row + lengths.total_kv - lengths.total_q, head, lengths.total_kv, zero, zero)
             else:
                 cursor = self.seek(lengths, cursor, place)
                 request = self.pick_request(lengths, cursor, place - cursor.level_begin)

@@ -56,9 +56,7 @@ def cap_scores(acc_s: cute.Tensor, pre_scale: Float32):
 
 
 @cute.jit
-def mask_scores(
-    acc_s: cute.Tensor, key_end: Int32, diagonal: Int32, oldest: Int32, causal: cutlass.Constexpr, window: cutlass.Constexpr
-):
+def mask_scores(acc_s: cute.Tensor, key_end: Int32, diagonal: Int32, oldest: Int32, causal: cutlass.Constexpr, window: cutlass.Constexpr):
     """Hide keys: -inf replaces a score, whatever it was (NaN from stale bytes included).
 
     All limits are columns of this tile, already less the thread's first column. Columns at or past ``key_end`` do not exist; past
@@ -84,7 +82,7 @@ def online_softmax(
     """Scores -> exp2(scores * scale_log2 - reference), in place; advances the running maximum and sum of both rows.
 
     Returns a warp-uniform flag: O must be multiplied by ``correction`` (always False for the ``first`` tile, O is still zero).
-    ``row_sum`` is this lane's share; the four lanes of a row are added once, at the end. A row that saw no key keeps maximum -inf and sum 0.
+    ``row_sum`` is this lane's share; the four lanes of a row are added once, at the end. A row that saw no key keeps -inf and sum 0.
     """
     s = rows_cols(acc_s)
     columns = cute.size(s, mode=[1])
