@@ -39,7 +39,9 @@ def assert_attention_close(out: torch.Tensor, ref: torch.Tensor, same: torch.Ten
     )
 
 
-def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, sm_scale: float | None = None) -> torch.Tensor:
+def torch_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, sm_scale: float | None = None
+) -> torch.Tensor:
     """Plain torch attention of one request in q's dtype: ``q [n, Hq, D]``, ``k, v [L, Hkv, D]`` -> ``[n, Hq, Dv]``."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.to(q.dtype).repeat_interleave(group, 1) for x in (k, v))

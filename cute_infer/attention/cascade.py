@@ -26,6 +26,10 @@ from .options import Scale
 from .prefill import BatchPrefillWithPagedKVCacheWrapper
 
 
+def _level(arrays: Sequence[torch.Tensor | None] | None, level: int) -> torch.Tensor | None:
+    return None if arrays is None else arrays[level]
+
+
 class MultiLevelCascadeAttentionWrapper:
     """Attention over KV that is shared in levels.
 
@@ -79,7 +83,10 @@ class MultiLevelCascadeAttentionWrapper:
                 float_workspace_buffer,
                 kv_layout,
                 use_cuda_graph,
-                *(arrays[level] if arrays is not None else None for arrays in buffers.values()),
+                _level(qo_indptr_buf_arr, level),
+                _level(paged_kv_indptr_buf_arr, level),
+                _level(paged_kv_indices_buf_arr, level),
+                _level(paged_kv_last_page_len_buf_arr, level),
                 backend=backend,
                 workspace_buffer=workspace_buffer,
             )
@@ -98,7 +105,7 @@ class MultiLevelCascadeAttentionWrapper:
     ) -> None:
         """Use another workspace from the next run() on. There are no integer workspaces; they are only kept."""
         for level, wrapper in enumerate(self._batch_prefill_wrappers):
-            wrapper.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffers[level] if int_workspace_buffers else None)
+            wrapper.reset_workspace_buffer(float_workspace_buffer, _level(int_workspace_buffers, level))
 
     def plan(
         self,

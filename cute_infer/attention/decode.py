@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -253,6 +254,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
                     f"plan(): q_len_per_req={q_len_per_req}, but this CUDA-graph wrapper was planned with {self._q_len_per_req}",
                     fix="make one wrapper per q_len_per_req",
                 )
+        q_dtype, kv_dtype, o_dtype = self._dtypes(*dtypes)
         planned = Planned(
             kind="decode" if q_len_per_req == 1 else "prefill",
             kv_layout="paged",
@@ -262,7 +264,9 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
             head_dim_qk=head_dims[0],
             head_dim_vo=head_dims[1],
             page_size=page_size,
-            **dict(zip(("q_dtype", "kv_dtype", "o_dtype"), self._dtypes(*dtypes))),
+            q_dtype=q_dtype,
+            kv_dtype=kv_dtype,
+            o_dtype=o_dtype,
             total_q=batch_size * q_len_per_req,
             page_ids=None if self._use_cuda_graph else page_ids,  # a graph's buffers change behind our back
         )
@@ -315,9 +319,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         Raises:
             PlanError: no plan(). ShapeError, DTypeError, DeviceError: q or the cache is not what plan() was told.
         """
-        refuse_peer_options(
-            "run()", kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor
-        )
+        refuse_peer_options("run()", kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor)
         k, v, args = unpack_run_arguments("run()", paged_kv_cache, args, self._kv_layout)
         if q_len_per_req is not None and q_len_per_req != self._q_len_per_req:
             self._planned()
@@ -329,7 +331,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         return self._execute(q, k, v, options, *scales, out, lse, return_lse, sinks, lse_base)
 
     def run_return_lse(
-        self, q: torch.Tensor, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], *args: torch.Tensor, **kwargs
+        self, q: torch.Tensor, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], *args: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`run` with ``return_lse=True``."""
         return self.run(q, paged_kv_cache, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]

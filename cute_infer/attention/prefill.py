@@ -162,6 +162,7 @@ class _BatchPrefillWrapper(BatchAttentionWrapper):
         head_dim_qk, head_dim_vo = head_dims[0], head_dims[1] or head_dims[0]
         check_positive("plan()", head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo)
         check_heads("plan()", *heads)
+        q_dtype, kv_dtype, o_dtype = self._dtypes(*dtypes)
         return Planned(
             kind="prefill",
             kv_layout=kv_layout,
@@ -171,7 +172,9 @@ class _BatchPrefillWrapper(BatchAttentionWrapper):
             head_dim_qk=head_dim_qk,
             head_dim_vo=head_dim_vo,
             page_size=page_size,
-            **dict(zip(("q_dtype", "kv_dtype", "o_dtype"), self._dtypes(*dtypes))),
+            q_dtype=q_dtype,
+            kv_dtype=kv_dtype,
+            o_dtype=o_dtype,
             custom_mask=custom_mask or self._graph_mask,
             total_q=total_q,
             total_kv=None if self._use_cuda_graph else total_kv,
@@ -403,7 +406,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefillWrapper):
         return self._execute(q, k, v, options, *scales, out, lse, return_lse, sinks, lse_base)
 
     def run_return_lse(
-        self, q: torch.Tensor, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], *args: torch.Tensor, **kwargs
+        self, q: torch.Tensor, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], *args: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`run` with ``return_lse=True``."""
         return self.run(q, paged_kv_cache, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]
@@ -659,7 +662,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefillWrapper):
         return self._execute(q, k.unsqueeze(0), v.unsqueeze(0), options, *scales, out, lse, return_lse, sinks, lse_base)
 
     def run_return_lse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: torch.Tensor, **kwargs
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`run` with ``return_lse=True``."""
         return self.run(q, k, v, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]

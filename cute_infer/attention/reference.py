@@ -32,7 +32,7 @@ _CHUNK = 1 << 24  # logits held at once: 64 MiB in fp32
 class _Request(NamedTuple):
     """Rows of q and tokens of KV that belong together. ``kv_begin`` counts pages (paged) or tokens."""
 
-    index: int
+    request: int
     qo_begin: int
     qo_len: int
     kv_begin: int
@@ -87,7 +87,7 @@ def attention(
             values = values * v_scale.float()[None, :, None]
         if spec.pos_encoding == "ROPE_LLAMA":
             keys = rope(keys, torch.arange(r.kv_len, device=q.device), rope_scale, rope_theta)
-        bits = mask[mask_begins[r.index] :] if mask is not None and mask_begins is not None and spec.custom_mask else None
+        bits = mask[mask_begins[r.request] :] if mask is not None and mask_begins is not None and spec.custom_mask else None
 
         rows_at_once = max(1, _CHUNK // max(1, q.shape[1] * r.kv_len))
         for begin in range(0, r.qo_len, rows_at_once):
@@ -194,7 +194,7 @@ def _softmax_v(scores: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor |
 def rope(x: torch.Tensor, position: torch.Tensor, rope_scale: float, rope_theta: float) -> torch.Tensor:
     """Rotate ``x`` ``[tokens, heads, head_dim]``: dimension d < head_dim / 2 is paired with d + head_dim / 2 (neox halves).
 
-        angle = position * theta ** (-2 d / head_dim) / rope_scale
+    angle = position * theta ** (-2 d / head_dim) / rope_scale
     """
     half = x.shape[-1] // 2
     frequency = rope_theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half) / rope_scale

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from .spec import AttentionSpec
+
+PATH = "cute_infer.attention.kernels.prefill_sm90:PrefillSm90"
 
 REGISTER_FILE = 65536  # 32-bit registers of one SM
 MAX_SHARED_BYTES = 232_448  # 227 KiB, what one CTA may have on sm_90
@@ -31,6 +34,7 @@ class PrefillSm90Tile:
     num_consumer_groups: int
     producer_regs: int
     consumer_regs: int
+    split_kv: ClassVar[bool] = False  # one CTA sees all keys of its rows
 
     def __post_init__(self) -> None:
         assert self.tile_q == 64 * self.num_consumer_groups, self
@@ -52,8 +56,8 @@ class PrefillSm90Tile:
         return 2 * (q + o + kv) + BARRIER_BYTES
 
 
-# 24*128 + 2*240*128 = 64,512 of 64,512. Where the producer also walks indptr or page tables it gets more: 40*128 + 2*232*128 = 64,512
-# (at head_dim 256 with pages it spills with 24; the consumers need 228 at head_dim 128 either way).
+# 24*128 + 2*240*128 = 64,512 of 64,512. Where the producer also walks indptr and page tables it gets more, 40*128 + 2*232*128 = 64,512:
+# with 24 the paged variants spill (24 to 48 bytes of stack), with 40 none does [compiled, 2026-11-22].
 _LEAN, _SCAN = (24, 240), (40, 232)
 
 # (head_dim_qk, head_dim_vo): tile_kv of a contiguous K/V, tile_kv of paged K/V, stages, Q buffers, consumer groups, reason

@@ -230,7 +230,9 @@ class BatchAttentionWrapper:
                 self._int_workspace_buffer = torch.empty(16, dtype=torch.uint8, device=device)
         return self._workspace
 
-    def _dtypes(self, q: torch.dtype | str, kv: torch.dtype | str | None, o: torch.dtype | str | None) -> tuple[torch.dtype, ...]:
+    def _dtypes(
+        self, q: torch.dtype | str, kv: torch.dtype | str | None, o: torch.dtype | str | None
+    ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
         q_dtype = parse_dtype("plan()", "q_data_type", q)
         kv_dtype = parse_dtype("plan()", "kv_data_type", kv) if kv is not None else q_dtype
         o_dtype = parse_dtype("plan()", "o_data_type", o) if o is not None else q_dtype
@@ -285,12 +287,14 @@ class BatchAttentionWrapper:
 
     def _compile_ahead(self, planned: Planned, options: Options) -> None:
         """Compile or load the kernel now, where that can take its time, so that run() only launches."""
-        on_gpu = self._device is not None and self._device.type == "cuda"
-        if not on_gpu or self._backend == "reference" or not planned.total_q or torch.compiler.is_compiling():
+        device = self._device
+        if device is None or device.type != "cuda" or self._backend == "reference":
+            return
+        if not planned.total_q or torch.compiler.is_compiling():
             return
         spec = self._make_spec(options, planned.head_dim_vo or planned.head_dim_qk)
         try:
-            self._use_device(self._device).bind(spec, planned.batch_size, planned.num_kv_heads, planned.total_q)
+            self._use_device(device).bind(spec, planned.batch_size, planned.num_kv_heads, planned.total_q)
         except UnsupportedConfigError:
             if planned.head_dim_vo is not None:
                 raise  # otherwise V's dimension is not known yet, and run() has the last word

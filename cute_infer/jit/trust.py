@@ -1,7 +1,7 @@
 """Reading files that will be executed: only what this user (or root) wrote and nobody else can change.
 
-A kernel object is machine code. Every directory and file on the way from the cache's (or bundle's) root is checked on an open descriptor,
-symbolic links are not followed, and the bytes that were checked are the bytes that are loaded (libraries of a bundle are opened again by their path).
+A kernel object is machine code. Every directory and file from the root of the cache (or bundle) on is checked on an open descriptor,
+symbolic links are not followed, and the bytes that were checked are the bytes that are loaded (a bundle's library is opened again by path).
 """
 
 from __future__ import annotations

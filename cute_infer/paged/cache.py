@@ -12,9 +12,7 @@ from ..errors import DTypeError, ShapeError, fail
 _FIX = "pass (k_cache, v_cache), or one tensor [num_pages, 2, ...] with K at index 0 and V at index 1"
 
 
-def split_kv_cache(
-    call: str, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], kv_layout: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_kv_cache(call: str, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], kv_layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """``(k, v)`` views ``[pages, page_size, num_kv_heads, head_dim]`` of a cache in any accepted form.
 
     NHD: ``[pages, page_size, heads, dim]``; HND: ``[pages, heads, page_size, dim]``. A pair (tuple or list) of these, or one tensor with

@@ -35,12 +35,6 @@ def key_value(key: Uint32) -> Float32:
     return (key ^ flip).bitcast(Float32)
 
 
-@cute.jit
-def opaque(x, dtype: cutlass.Constexpr):
-    """x (32 bits), a new value as far as the compiler knows: nothing derived from it in one pass is kept in registers for the next."""
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
-
-
 class Thread(NamedTuple):
     """Where this thread stands: in the CTA, its CTA in the cluster, its warp in the row."""
 
@@ -53,19 +47,13 @@ class Thread(NamedTuple):
 
 @cute.jit
 def this_thread(warps: cutlass.Constexpr, cluster: cutlass.Constexpr) -> Thread:
-    """Derived anew at every call: cheaper than five registers held through the whole kernel."""
-    tid = opaque(cute.arch.thread_idx()[0], Int32)
+    """The calling thread, in a CTA of `warps` warps."""
+    tid = cute.arch.thread_idx()[0]
     rank = Int32(0)
     if const_expr(cluster > 1):
-        rank = opaque(cute.arch.block_idx_in_cluster(), Int32)
+        rank = cute.arch.block_idx_in_cluster()
     warp = tid >> 5
     return Thread(tid, tid & 31, warp, rank, rank * warps + warp)
-
-
-@cute.jit
-def this_slot(cluster: cutlass.Constexpr) -> Int32:
-    """The row of the output that this CTA's cluster makes."""
-    return opaque(cute.arch.block_idx()[0], Int32) // cluster
 
 
 @cute.jit

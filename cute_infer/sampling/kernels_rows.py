@@ -1,20 +1,21 @@
 """One row of logits or probabilities in one pass over memory: threshold search, then a draw or a rewritten row.
 
-A cluster of `tile.cluster` CTAs owns one row (sm_80: one CTA). The row is read once, 16 bytes per load, into registers; a tile with
-per_thread = 0 keeps nothing and reads the row again in every pass (from L2). Warp g of the cluster owns a contiguous stretch of the vocabulary.
+A cluster of `tile.cluster` CTAs owns one row (sm_80: one CTA). The row is read once, 16 bytes per load, into shared memory, where every
+thread reads back only what it wrote; a tile with per_thread = 0 keeps nothing and reads the row again (from L2) in every pass.
+Warp g of the cluster owns the g-th stretch of the vocabulary.
 
     mass(x) = trunc(2**31 * exp((x - max) / T))      logits           a 32-bit integer: sums are exact, so every result is bitwise
               trunc(2**31 * x / max)                 probs            the same whatever the tile, the batch or the order of arrival
 
-Passes over the registers (a pass that a spec or a row does not need is skipped)
-    extremes  max (NaN propagates), smallest finite value
+Passes (one that a spec or a row does not need is skipped)
+    extremes  max (NaN propagates), smallest finite value; the row goes to shared memory
     total     sum of masses, for top-p's limit
     cut       histogram of the *thread maxima*: a bin with k of them at or above it bounds the top-k threshold from below, so the next
               pass counts tens of elements instead of the vocabulary
     level 0   counts and masses in 1024 bins; logits: linear in (max - x), which spreads any bell curve over hundreds of bins and keeps
               shared-memory atomics from colliding; probs: logarithmic (the float's own bits)
     level n   the bin where top-k or top-p is reached, split by 1024 on the exact 32-bit key, until it holds one distinct value.
-              Usually one level: a row of 128256 normal logits has < 500 values in its fullest level-0 bin
+              Usually one level: the fullest level-0 bin of 128256 normal logits holds about a thousand
     kept      sum of masses at or above the threshold (and the min-p floor), per warp; then one warp walks to the drawn token
               in index order. Or: the whole row is written.
 
@@ -23,8 +24,13 @@ Search      every CTA sums the peers' histograms through distributed shared memo
             histogram 0 (level 0) is kept: top_k_first looks for top-p's limit in it again.
 Threshold   keep x iff count(> x) < k and mass(> x) < p * total, per distinct value: ties at the threshold are kept.
 
-Shared memory  3 * 1024 * (count + 64-bit mass) * 4 B = 36 KiB + 5 KiB of per-warp totals: two CTAs of 512 threads per SM.
-Memory bound   vocab * itemsize bytes per row once. Philox: Salmon et al. (SC'11). Radix selection: Alabi et al., JEA 17 (2012).
+Barriers (cluster, or the CTA when it is alone)
+    extremes: the warps' maxima are written      total: the warps' sums      cut, level n: the histograms      kept: the warps' sums
+    last: peers have read this CTA's shared memory for the last time (arrive before the walk, wait after it)
+
+Shared memory  row: vocab * itemsize / cluster, e.g. 64 KiB of a 128256-wide fp32 row; histograms 3 * 1024 * (count + 64-bit mass) * 4 B =
+               36 KiB (12 without top-p, 0 without a search); sums 2 KiB. Two CTAs of 512 threads per SM up to a vocabulary of 131072.
+Memory bound   vocab * itemsize bytes per row, once. Philox: Salmon et al. (SC'11). Radix selection: Alabi et al., JEA 17 (2012).
 """
 
 import typing
@@ -48,7 +54,6 @@ from .device import (
     peer_load,
     peer_load_i64,
     row_sync,
-    this_slot,
     this_thread,
     uniform53,
     warp_inclusive_sum,
@@ -193,7 +198,7 @@ class RowKernel:
             block=[self.tile.threads, 1, 1],
             cluster=[cluster, 1, 1],
             min_blocks_per_mp=self.tile.blocks_per_sm,
-            preferred_smem_carveout=40,  # percent; two CTAs need 2 * 38 of 228 KiB. Left open, the DSL would ask a driver for it
+            preferred_smem_carveout=100,  # percent; left open, the DSL asks a driver for it when it compiles
             stream=stream,
         )
 
@@ -219,7 +224,7 @@ class RowKernel:
         offset_value: Int64,
         row_in_counter: Int32,
     ):
-        slot = this_slot(self.tile.cluster)
+        slot = cute.arch.block_idx()[0] // self.tile.cluster
         smem = self.allocate()
         if const_expr(self.searches):
             self.clear(smem, Int32(0))
@@ -252,8 +257,6 @@ class RowKernel:
         if greedy and is_valid:
             threshold = m
 
-        slot = this_slot(self.tile.cluster)  # read anew: pointers into this row need not survive the search
-        row = self.place(row, self.source_row(x, indices, slot))
         if const_expr(self.draws):
             floor = self.min_p_floor(row, min_p, min_p_value, slot)
             total, before, own = self.kept_total(row, smem, threshold, floor)

@@ -44,7 +44,7 @@ class RowSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RowTile:
-    """cluster CTAs of `threads` threads share one row; `per_thread` elements stay in registers, 0 = re-read the row in every pass."""
+    """cluster CTAs of `threads` threads share one row; `per_thread` elements each stay in shared memory, 0 = every pass reads memory."""
 
     cluster: int
     threads: int
@@ -52,32 +52,26 @@ class RowTile:
 
     @property
     def blocks_per_sm(self) -> int:
-        """CTAs per SM that the register budget is cut for: 2 * 512 threads * 64 registers fill an SM."""
-        return 2 if self.threads * self.per_thread <= 512 * 32 and self.threads <= 512 else 1
-
-    @property
-    def capacity(self) -> int:
-        """Longest row, 0 when it does not matter."""
-        return self.cluster * self.threads * self.per_thread
+        """CTAs per SM that registers are budgeted for (64 of them with 1024 threads). Two rows per SM: one computes while one waits."""
+        return 2 if self.threads <= 512 and self.threads * self.per_thread <= 512 * 32 else 1
 
 
-# Hopper: the row is read once into registers of a cluster. 512 threads of <= 64 registers leave room for two CTAs per SM, so one row's
-# barriers hide behind another row's arithmetic.  (few rows, many rows): few rows take more SMs per row.
+# Hopper: a row in the shared memory of a cluster. Few rows take more SMs per row, many rows fewer barriers between CTAs.
 SM90_TILES = (
-    #  vocab    few rows                  many rows
-    (8192, RowTile(2, 256, 16), RowTile(1, 512, 16)),  # fits one CTA; two for latency
-    (16384, RowTile(4, 256, 16), RowTile(1, 512, 32)),
-    (32768, RowTile(8, 256, 16), RowTile(2, 512, 32)),  # 32000: 8 SMs per row when rows are few
+    #  vocab    few rows                  many rows               reason
+    (8192, RowTile(2, 256, 16), RowTile(1, 512, 16)),  # one CTA holds it
+    (16384, RowTile(4, 256, 16), RowTile(1, 512, 32)),  # 64 KiB: the longest row two CTAs per SM can hold
+    (32768, RowTile(8, 256, 16), RowTile(2, 512, 32)),  # 32000
     (65536, RowTile(8, 512, 16), RowTile(4, 512, 32)),
-    (131072, RowTile(8, 512, 32), RowTile(8, 512, 32)),  # 128256 needs all eight CTAs anyway; 8 is the portable cluster limit
-    (163840, RowTile(8, 512, 40), RowTile(8, 512, 40)),  # 151936: 40 registers of data still fit two CTAs per SM only if <= 64 in all
-    (262144, RowTile(8, 512, 64), RowTile(8, 512, 64)),  # one CTA per SM
+    (131072, RowTile(8, 512, 32), RowTile(8, 512, 32)),  # 128256; 8 CTAs is the portable cluster limit
+    (163840, RowTile(8, 1024, 24), RowTile(8, 1024, 24)),  # 151936: 76 KiB and more, one CTA per SM
+    (262144, RowTile(8, 1024, 32), RowTile(8, 1024, 32)),  # 128 KiB, one CTA per SM
 )
 FEW_ROWS = 16  # 16 rows * 8 CTAs = 128 of 132 SMs
 
-# Everything else: one CTA per row. Short rows stay in registers, long ones are read again from L2 in every pass.
+# Everything else: one CTA per row, at most 99 KiB. Short rows stay in shared memory, long ones are read from L2 in every pass.
 SM80_TILES = (
-    (16384, RowTile(1, 512, 32)),
+    (12288, RowTile(1, 512, 24)),  # 48 KiB + 38 KiB
     (MAX_VOCAB, RowTile(1, 1024, 0)),
 )
 

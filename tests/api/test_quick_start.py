@@ -120,7 +120,9 @@ def test_example_8_fp8_kv():
     q = randn(4, 128)
     output = flashinfer.single_decode_with_kv_cache(q, k, v)
     assert output.dtype == torch.float16
-    assert_attention_close(output, torch_attention(q[None].float(), k.float(), v.float())[0], torch_attention(q[None], k.half(), v.half())[0])
+    assert_attention_close(
+        output, torch_attention(q[None].float(), k.float(), v.float())[0], torch_attention(q[None], k.half(), v.half())[0]
+    )
 
 
 def test_batching_advice_and_its_wrapper_name():

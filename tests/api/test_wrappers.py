@@ -38,9 +38,7 @@ def planned_decode(case: Case, batch: Batch, *, kv_layout: str = "NHD", **plan):
 
 def planned_prefill(case: Case, batch: Batch, **plan):
     wrapper = fi.BatchPrefillWithPagedKVCacheWrapper()
-    wrapper.plan(
-        batch.qo_indptr, *batch.csr, *arguments(case), head_dim_vo=case.dv, q_data_type=case.q_dtype, kv_data_type=case.kv, **plan
-    )
+    wrapper.plan(batch.qo_indptr, *batch.csr, *arguments(case), head_dim_vo=case.dv, q_data_type=case.q_dtype, kv_data_type=case.kv, **plan)
     return wrapper
 
 

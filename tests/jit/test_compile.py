@@ -123,6 +123,7 @@ def test_object_that_does_not_load_is_rebuilt(caplog):
     real = jit.get_entry(Request(PATH, TinySpec(), TinyTile(), "sm_90a"))
     jit.disk_cache().clear()
     jit.disk_cache().publish(cache.Entry(b"not an object", real.symbol, real.facts, real.request, real.toolchain))
+    jit.forget()
     assert_is_the_tiny_kernel(tiny())
     assert "does not load" in caplog.text and jit.cache_stats().compiled == 1
 

@@ -408,7 +408,7 @@ class PrefillSm90:
                 box, page = kv_tile % layout.tiles_per_page, cute.arch.shuffle_sync(page_ids, 0)
             cute.copy(tma, from_g[None, (box, 0, 0, kv_head, page)], to_s[None, stage], tma_bar_ptr=barrier)
         else:
-            # unrolled where the addresses of all boxes fit the producer's few registers: with 3 or 4 column blocks they spilled
+            # unrolled where the addresses of all boxes fit the producer's few registers; with 4 column blocks (head_dim 256) it spilled
             for j in cutlass.range(layout.boxes, unroll=layout.boxes if blocks <= 3 else 1):
                 page = cute.arch.shuffle_sync(page_ids, j)
                 for block in cutlass.range_constexpr(blocks):
