@@ -6,7 +6,7 @@
 #   make bench       on a GPU machine: the benchmarks, recorded in benchmarks/results/*.json
 #   make gpu-status  does the last GPU report belong to the kernel sources as they are?
 #   make docs        build the documentation into site/
-#   make clean       remove what these commands made
+#   make clean       remove build outputs and caches (.venv stays; its next use installs again)
 #
 # The GPU targets install nothing: they run with PYTHON (default: .venv's python when there is one, else python3).
 # REPORT_DIR=dir sends their output elsewhere; COMMIT=hash names the commit where the checkout has no .git.

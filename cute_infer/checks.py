@@ -15,7 +15,6 @@ from .errors import ConfigError, DeviceError, DTypeError, LayoutError, PageTable
 
 KV_LAYOUTS = ("NHD", "HND")
 POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
-LSE_BASES = ("log2", "ln")
 
 _HALF = (torch.float16, torch.bfloat16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -64,7 +64,7 @@ def run_attention(
     elif q.is_cuda and backend != "reference":
         _launch(spec, batch_size, tensors, scalars, workspace)
     else:
-        _reference(spec, tensors, scalars)
+        _reference(spec, tensors, scalars, workspace.status if workspace is not None else None)
 
 
 def _launch(spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple, workspace: Workspace | None) -> None:
@@ -130,7 +130,7 @@ def _functional_workspace(device: torch.device) -> Workspace:
     return workspace
 
 
-def _reference(spec: AttentionSpec, tensors: tuple, scalars: tuple) -> None:
+def _reference(spec: AttentionSpec, tensors: tuple, scalars: tuple, status: torch.Tensor | None) -> None:
     q, k, v, out, lse, qo_indptr, kv_indptr, kv_indices, kv_last_page_len, mask, mask_indptr, sinks, k_scale, v_scale = tensors
     sm_scale, out_scale, soft_cap, lse_scale, rope_scale, rope_theta, window_left = scalars
     reference.attention(
@@ -156,6 +156,7 @@ def _reference(spec: AttentionSpec, tensors: tuple, scalars: tuple) -> None:
         rope_scale=rope_scale,
         rope_theta=rope_theta,
         window_left=window_left,
+        status=status,
     )
 
 
@@ -176,7 +177,7 @@ def _op_cuda(*args: Any) -> None:
 
 
 def _op_cpu(*args: Any) -> None:
-    _reference(AttentionSpec.from_string(args[15]), args[:14], args[17:])
+    _reference(AttentionSpec.from_string(args[15]), args[:14], args[17:], args[14])
 
 
 def _op_meta(*args: Any) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from ..checks import LSE_BASES, check_choice, describe, dtype_name
+from ..checks import check_choice, describe, dtype_name
 from ..config import get_config
 from ..errors import ConfigError, DTypeError, ShapeError, UnsupportedConfigError, fail
 from .spec import AttentionSpec
@@ -42,8 +42,13 @@ class Scales(NamedTuple):
     v_scale: torch.Tensor | None
 
 
-@functools.lru_cache(maxsize=4096)
-def make_spec(
+def make_spec(*facts: Any) -> AttentionSpec:
+    """The spec of a call, see :func:`_make_spec` for the arguments. Equal ones give the same object, so that later stages may compare
+    specs by identity."""
+    return _make_spec(*facts) if torch.compiler.is_compiling() else _remembered_spec(*facts)
+
+
+def _make_spec(
     kind: str,
     kv_layout: str,
     q_dtype: torch.dtype,
@@ -63,7 +68,6 @@ def make_spec(
     v_scale: bool,
     lse: bool,
 ) -> AttentionSpec:
-    """The spec of a call. Equal arguments give the same object, so that later stages may compare specs by identity."""
     return AttentionSpec(
         kind=kind,
         q_dtype=dtype_name(q_dtype),
@@ -86,6 +90,9 @@ def make_spec(
     )
 
 
+_remembered_spec = functools.lru_cache(maxsize=4096)(_make_spec)
+
+
 def parse_dtype(call: str, name: str, dtype: torch.dtype | str) -> torch.dtype:
     """A torch dtype, or its name (``"float16"``, ``"half"``, ``"torch.bfloat16"``)."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
@@ -96,13 +103,20 @@ def parse_dtype(call: str, name: str, dtype: torch.dtype | str) -> torch.dtype:
 
 def choose_backend(call: str, backend: str) -> str:
     """``"reference"`` if asked for here or in the environment, otherwise ``backend``, which is one of the accepted names."""
-    check_choice(call, "backend", backend, BACKENDS)
-    return "reference" if get_config().backend == "reference" else backend
+    if backend != "auto":
+        check_choice(call, "backend", backend, BACKENDS)
+    return "reference" if _reference_everywhere() else backend
+
+
+@torch.compiler.assume_constant_result
+def _reference_everywhere() -> bool:
+    return get_config().backend == "reference"
 
 
 def lse_scale(call: str, lse_base: str) -> float:
     """What a base-2 log-sum-exp is multiplied with: 1 for ``"log2"``, ln 2 for ``"ln"``."""
-    check_choice(call, "lse_base", lse_base, LSE_BASES)
+    if lse_base not in LSE_SCALE:
+        check_choice(call, "lse_base", lse_base, LSE_SCALE)
     return LSE_SCALE[lse_base]
 
 
@@ -122,6 +136,8 @@ def resolve_scales(
     A tensor is never read on the host. It has one element (expanded without a copy) or ``num_kv_heads``.
     """
     sm_scale = options.sm_scale if options.sm_scale is not None else 1.0 / math.sqrt(head_dim_qk)
+    if q_scale is None and k_scale is None and v_scale is None:
+        return Scales(sm_scale, 1.0, None, None)
     out_scale = 1.0
     per_head: dict[str, torch.Tensor] = {}
     for name, scale in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):

@@ -2,7 +2,7 @@
 
     single_prefill_with_kv_cache                one request, K and V as plain tensors
     BatchPrefillWithPagedKVCacheWrapper         a ragged batch of queries over a paged cache
-    BatchPrefillWithRaggedKVCacheWrapper        a ragged batch of queries over ragged K and V
+    BatchPrefillWithRaggedKVCacheWrapper        a ragged batch of queries over ragged K and V (ragged.py)
 
 Query row i of a request with kv_len keys and qo_len rows stands at position ``kv_len - qo_len + i``: causal is aligned bottom-right.
 Names, argument order and semantics are FlashInfer's. The log-sum-exp is **base 2** unless ``lse_base="ln"``.
@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 
-from ..checks import check_heads, check_indptr, check_positive, check_tensor, refuse
-from ..errors import ConfigError, ShapeError, fail
+from ..checks import check_indptr, check_positive, check_tensor
+from ..errors import ConfigError, fail
 from ..paged.cache import unpack_run_arguments
 from ..paged.tables import get_seq_lens
-from .mask_bits import mask_bit_indptr, pack_mask, packbits
+from .mask_bits import packbits
 from .metadata import check_table_on_host, host_view, index_array, page_table
 from .options import Options, Scale, scale_arguments
+from .prefill_base import BatchPrefillBase, mask_arrays
+from .ragged import BatchPrefillWithRaggedKVCacheWrapper
 from .single import attend
-from .wrapper import BatchAttentionWrapper, Planned, refuse_multi_item_scoring, refuse_peer_options
+from .wrapper import refuse_multi_item_scoring, refuse_peer_options
 
 
 def single_prefill_with_kv_cache(
@@ -127,86 +129,7 @@ def _single_mask(
     return packed.contiguous(), torch.arange(2, dtype=torch.int32, device=q.device) * num_bytes
 
 
-class _BatchPrefillWrapper(BatchAttentionWrapper):
-    """What the paged and the ragged prefill wrapper share."""
-
-    def __init__(
-        self,
-        workspace: torch.Tensor | None,
-        workspace_alias: torch.Tensor | None,
-        kv_layout: str,
-        use_cuda_graph: bool,
-        backend: str,
-        buffers: dict[str, torch.Tensor | None],
-        jit_args: Any,
-        jit_kwargs: Any,
-    ) -> None:
-        super().__init__(workspace, workspace_alias, kv_layout, use_cuda_graph, backend, buffers, jit_args, jit_kwargs)
-        self._fixed_batch_size = len(self._qo_indptr_buf) - 1 if use_cuda_graph and self._qo_indptr_buf is not None else 0
-        self._max_total_num_rows: int | None = None
-        self._graph_mask = use_cuda_graph and self._custom_mask_buf is not None and self._mask_indptr_buf is not None
-
-    def _describe(
-        self,
-        kv_layout: str,
-        batch_size: int,
-        heads: tuple[int, int],
-        head_dims: tuple[int, int | None],
-        page_size: int,
-        dtypes: tuple,
-        custom_mask: bool,
-        total_q: int | None,
-        total_kv: int | None = None,
-        page_ids: tuple[int, int] | None = None,
-    ) -> Planned:
-        head_dim_qk, head_dim_vo = head_dims[0], head_dims[1] or head_dims[0]
-        check_positive("plan()", head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo)
-        check_heads("plan()", *heads)
-        q_dtype, kv_dtype, o_dtype = self._dtypes(*dtypes)
-        return Planned(
-            kind="prefill",
-            kv_layout=kv_layout,
-            batch_size=batch_size,
-            num_qo_heads=heads[0],
-            num_kv_heads=heads[1],
-            head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_vo,
-            page_size=page_size,
-            q_dtype=q_dtype,
-            kv_dtype=kv_dtype,
-            o_dtype=o_dtype,
-            custom_mask=custom_mask or self._graph_mask,
-            total_q=total_q,
-            total_kv=None if self._use_cuda_graph else total_kv,
-            page_ids=None if self._use_cuda_graph else page_ids,
-        )
-
-    def _check_graph_limits(self, batch_size: int, total_q: int | None) -> None:
-        if not self._use_cuda_graph:
-            return
-        if batch_size != self._fixed_batch_size:
-            fail(
-                ShapeError,
-                f"plan(): the batch has {batch_size} requests, the CUDA-graph buffers hold {self._fixed_batch_size}",
-                expected=f"batch_size={self._fixed_batch_size}",
-                fix="pad the batch with empty requests, or make one wrapper per batch size",
-            )
-        if total_q is not None:
-            if self._max_total_num_rows is not None and total_q > self._max_total_num_rows:
-                fail(
-                    ShapeError,
-                    f"plan(): {total_q} query rows exceed the {self._max_total_num_rows} of the first plan()",
-                    expected=f"qo_indptr[-1] <= {self._max_total_num_rows}",
-                    fix="make the first plan() of a CUDA-graph wrapper with the largest batch",
-                )
-            self._max_total_num_rows = self._max_total_num_rows or total_q
-
-    def _override(self, causal: bool, pos_encoding_mode: str, window_left: int, *rest: float | None) -> None:
-        """forward()'s arguments replace the plan's options from this call on, as in FlashInfer."""
-        self._set_options(Options(causal, pos_encoding_mode, window_left, *rest))
-
-
-class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefillWrapper):
+class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
     """Attention of a ragged batch of query tokens over a paged KV cache.
 
         wrapper = BatchPrefillWithPagedKVCacheWrapper()
@@ -355,7 +278,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefillWrapper):
         if custom_mask is not None or packed_custom_mask is not None:
             known = host or [qo_indptr, table.indptr, table.last_page_len]
             kv_len = get_seq_lens(known[1], known[2].to(known[1].device), page_size)
-            arrays |= _mask_arrays(known[0], kv_len, custom_mask, packed_custom_mask, host is not None)
+            arrays |= mask_arrays(known[0], kv_len, custom_mask, packed_custom_mask, host is not None)
         options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         self._finish_plan(planned, options, arrays)
 
@@ -507,216 +430,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefillWrapper):
         }
 
 
-class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefillWrapper):
-    """Attention of a ragged batch of query tokens over K and V that are ragged too: request r owns rows ``kv_indptr[r]:kv_indptr[r+1]``.
-
-    Constructor arguments as in :class:`BatchPrefillWithPagedKVCacheWrapper`, without the page table.
-    """
-
-    _buffers = {
-        "_qo_indptr_buf": "qo_indptr_buf",
-        "_kv_indptr_buf": "kv_indptr_buf",
-        "_custom_mask_buf": "custom_mask_buf",
-        "_mask_indptr_buf": "mask_indptr_buf",
-    }
-    _required_in_graph = ("_qo_indptr_buf", "_kv_indptr_buf")
-
-    _kv_indptr_buf: torch.Tensor
-
-    def __init__(
-        self,
-        float_workspace_buffer: torch.Tensor | None = None,
-        kv_layout: str = "NHD",
-        use_cuda_graph: bool = False,
-        qo_indptr_buf: torch.Tensor | None = None,
-        kv_indptr_buf: torch.Tensor | None = None,
-        custom_mask_buf: torch.Tensor | None = None,
-        mask_indptr_buf: torch.Tensor | None = None,
-        backend: str = "auto",
-        jit_args: list | None = None,
-        jit_kwargs: dict | None = None,
-        *,
-        workspace_buffer: torch.Tensor | None = None,
-    ) -> None:
-        buffers = {
-            "_qo_indptr_buf": qo_indptr_buf,
-            "_kv_indptr_buf": kv_indptr_buf,
-            "_custom_mask_buf": custom_mask_buf,
-            "_mask_indptr_buf": mask_indptr_buf,
-        }
-        super().__init__(float_workspace_buffer, workspace_buffer, kv_layout, use_cuda_graph, backend, buffers, jit_args, jit_kwargs)
-
-    def plan(
-        self,
-        qo_indptr: torch.Tensor,
-        kv_indptr: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim_qk: int,
-        head_dim_vo: int | None = None,
-        custom_mask: torch.Tensor | None = None,
-        packed_custom_mask: torch.Tensor | None = None,
-        causal: bool = False,
-        pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
-        window_left: int = -1,
-        logits_soft_cap: float | None = None,
-        sm_scale: float | None = None,
-        rope_scale: float | None = None,
-        rope_theta: float | None = None,
-        q_data_type: torch.dtype | str = "float16",
-        kv_data_type: torch.dtype | str | None = None,
-        o_data_type: torch.dtype | str | None = None,
-        non_blocking: bool = True,
-        prefix_len_ptr: torch.Tensor | None = None,
-        token_pos_in_items_ptr: torch.Tensor | None = None,
-        token_pos_in_items_len: int = 0,
-        max_item_len_ptr: torch.Tensor | None = None,
-        fixed_split_size: int | None = None,
-        disable_split_kv: bool = False,
-        seq_lens: torch.Tensor | None = None,
-        seq_lens_q: torch.Tensor | None = None,
-        max_token_per_sequence: int | None = None,
-        max_sequence_kv: int | None = None,
-        v_indptr: torch.Tensor | None = None,
-        o_indptr: torch.Tensor | None = None,
-        *,
-        validate: bool | None = None,
-    ) -> None:
-        """Describe the batch. ``kv_indptr`` ``[batch_size + 1]`` int32 counts tokens of k and v; the rest as in the paged wrapper's plan().
-
-        Note that window_left, logits_soft_cap and sm_scale stand in another order than there, as in FlashInfer. ``v_indptr`` and
-        ``o_indptr`` are refused: v and out are laid out as k and q.
-        """
-        refuse_multi_item_scoring(
-            prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, max_item_len_ptr=max_item_len_ptr
-        )
-        refuse("plan()", "lay v out as k and out as q", v_indptr=v_indptr, o_indptr=o_indptr)
-        qo_indptr = index_array("plan()", "qo_indptr", qo_indptr, meaning="batch_size + 1")
-        batch_size = len(qo_indptr) - 1
-        kv_indptr = index_array("plan()", "kv_indptr", kv_indptr, batch_size + 1, "batch_size + 1")
-        host = host_view([qo_indptr, kv_indptr], validate)
-        if host is not None:
-            check_indptr("plan()", "qo_indptr", host[0], zero_based=True)
-            check_indptr("plan()", "kv_indptr", host[1])
-        total_q = int(host[0][-1]) if host is not None else None
-        self._check_graph_limits(batch_size, total_q)
-        planned = self._describe(
-            "ragged",
-            batch_size,
-            (num_qo_heads, num_kv_heads),
-            (head_dim_qk, head_dim_vo),
-            0,
-            (q_data_type, kv_data_type, o_data_type),
-            custom_mask is not None or packed_custom_mask is not None,
-            total_q,
-            total_kv=int(host[1][-1]) if host is not None else None,
-        )
-        arrays = {"_qo_indptr_buf": qo_indptr, "_kv_indptr_buf": kv_indptr}
-        if custom_mask is not None or packed_custom_mask is not None:
-            known = host or [qo_indptr, kv_indptr]
-            arrays |= _mask_arrays(known[0], known[1][1:] - known[1][:-1], custom_mask, packed_custom_mask, host is not None)
-        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        self._finish_plan(planned, options, arrays)
-
-    begin_forward = plan
-
-    def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *args: torch.Tensor,
-        q_scale: Scale = None,
-        k_scale: Scale = None,
-        v_scale: Scale = None,
-        o_scale: float | None = None,
-        out: torch.Tensor | None = None,
-        lse: torch.Tensor | None = None,
-        return_lse: bool = False,
-        enable_pdl: bool | None = None,
-        kv_cache_sf: Sequence[torch.Tensor] | None = None,
-        window_left: int | None = None,
-        sinks: torch.Tensor | None = None,
-        lse_base: str = "log2",
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Attention of the planned batch.
-
-        Args:
-            q: ``[qo_indptr[-1], num_qo_heads, head_dim_qk]``. k, v: ``[kv_indptr[-1], num_kv_heads, head_dim]`` (``"NHD"``) or
-                ``[num_kv_heads, kv_indptr[-1], head_dim]`` (``"HND"``). The rest as in the paged wrapper's run().
-            o_scale: refused unless None or 1 (it quantises the output of another library's kernels).
-
-        Returns:
-            ``out`` ``[qo_indptr[-1], num_qo_heads, head_dim_vo]``; with ``return_lse`` also ``lse`` fp32, base 2 (``"ln"``: natural).
-        """
-        refuse_peer_options("run()", kv_cache_sf=kv_cache_sf, o_scale=None if o_scale == 1.0 else o_scale)
-        for name, x in (("k", k), ("v", v)):
-            check_tensor("run()", name, x, {"num_tokens": None, "num_kv_heads": None, "head_dim": None})
-        if self._kv_layout == "HND":
-            k, v = k.transpose(0, 1), v.transpose(0, 1)
-        options = self._get_options()
-        if window_left is not None:
-            options = options._replace(window_left=window_left)
-        scales = scale_arguments("run()", args, q_scale, k_scale, v_scale)
-        return self._execute(q, k.unsqueeze(0), v.unsqueeze(0), options, *scales, out, lse, return_lse, sinks, lse_base)
-
-    def run_return_lse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`run` with ``return_lse=True``."""
-        return self.run(q, k, v, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]
-
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        causal: bool = False,
-        pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
-        window_left: int = -1,
-        logits_soft_cap: float | None = None,
-        sm_scale: float | None = None,
-        rope_scale: float | None = None,
-        rope_theta: float | None = None,
-    ) -> torch.Tensor:
-        """run() with the plan's options replaced by these (their defaults included), from this call on."""
-        self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        return self.run(q, k, v)  # type: ignore[return-value]
-
-    def forward_return_lse(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        causal: bool = False,
-        pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
-        window_left: int = -1,
-        logits_soft_cap: float | None = None,
-        sm_scale: float | None = None,
-        rope_scale: float | None = None,
-        rope_theta: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`forward`, with the log-sum-exp (base 2)."""
-        self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        return self.run_return_lse(q, k, v)
-
-    def _kv_metadata(self) -> dict[str, torch.Tensor]:
-        return {"kv_indptr": self._kv_indptr_buf}
-
-
 BatchPrefillWrapper = BatchPrefillWithPagedKVCacheWrapper
-
-
-def _mask_arrays(
-    qo_indptr: torch.Tensor, kv_len: torch.Tensor, custom: torch.Tensor | None, packed: torch.Tensor | None, on_host: bool
-) -> dict[str, torch.Tensor]:
-    """A batch's mask as the buffers hold it. ``on_host``: the lengths are on the CPU, so the mask's size can be checked."""
-    bit_indptr = mask_bit_indptr((qo_indptr[1:] - qo_indptr[:-1]).to(kv_len.device), kv_len)
-    mask, mask_indptr = pack_mask("plan()", custom, packed, bit_indptr, int(bit_indptr[-1]) if on_host else None)
-    return {"_custom_mask_buf": mask, "_mask_indptr_buf": mask_indptr}
 
 
 __all__ = [

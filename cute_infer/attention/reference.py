@@ -154,7 +154,8 @@ def _tokens(
     def read(cache: torch.Tensor) -> torch.Tensor:
         if cache.shape[0] == 0:
             return torch.zeros(r.kv_len, *cache.shape[2:], device=cache.device)
-        return torch.where(keep, cache[page, slot].float(), 0.0)
+        tokens = cache.view(torch.uint8)[page, slot].view(cache.dtype) if cache.element_size() == 1 else cache[page, slot]
+        return torch.where(keep, tokens.float(), 0.0)
 
     return read(k), read(v)
 

@@ -42,17 +42,13 @@ def attend(
     backend = choose_backend(call, backend)
     check_choice(call, "kv_layout", kv_layout, KV_LAYOUTS)
     check_choice(call, "pos_encoding_mode", options.pos_encoding_mode, POS_ENCODING_MODES)
-    check_tensor(call, "q", q, {"num_tokens": None, "num_qo_heads": None, "head_dim": None})
-    layout = f"kv_layout={kv_layout!r}"
-    for name, x in (("k", k), ("v", v)):
-        check_tensor(call, name, x, {"kv_len": None, "num_kv_heads": None, "head_dim": None}, device=q.device, because=layout)
+    if torch.compiler.is_compiling() or not _fit(q, k, v):
+        _check_shapes(call, q, k, v, kv_layout)
     if kv_layout == "HND":
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     rows, num_qo_heads, head_dim = q.shape
-    kv_len, num_kv_heads, _ = k.shape
-    check_tensor(call, "k", k, {"kv_len": kv_len, "num_kv_heads": num_kv_heads, "head_dim": head_dim}, because="as q has")
-    check_tensor(call, "v", v, {"kv_len": kv_len, "num_kv_heads": num_kv_heads, "head_dim": None}, because="as k has")
-    group_size = check_heads(call, num_qo_heads, num_kv_heads)
+    num_kv_heads = k.shape[1]
+    group_size = check_heads(call, int(num_qo_heads), int(num_kv_heads))
     o_dtype = o_dtype or q.dtype
     check_attention_dtypes(call, q.dtype, k.dtype, o_dtype, "cpu" if backend == "reference" else q.device.type)
     if v.dtype != k.dtype:
@@ -68,8 +64,8 @@ def attend(
         q.dtype,
         k.dtype,
         o_dtype,
-        head_dim,
-        v.shape[2],
+        int(head_dim),
+        int(v.shape[2]),
         group_size,
         0,
         options.causal,
@@ -105,3 +101,21 @@ def attend(
         backend="reference" if backend == "reference" else "auto",
     )
     return out, lse
+
+
+def _fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether :func:`_check_shapes` has nothing to say, found out with as little work as possible."""
+    try:
+        same = k.shape == v.shape or k.shape[:2] == v.shape[:2]
+        return same and q.dim() == k.dim() == v.dim() == 3 and q.shape[2] == k.shape[2] and q.device == k.device == v.device
+    except AttributeError:
+        return False
+
+
+def _check_shapes(call: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_layout: str) -> None:
+    check_tensor(call, "q", q, {"num_tokens": None, "num_qo_heads": None, "head_dim": None})
+    first, second = ("kv_len", "num_kv_heads") if kv_layout == "NHD" else ("num_kv_heads", "kv_len")
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(call, name, x, {first: None, second: None, "head_dim": None}, device=q.device, because=f"kv_layout={kv_layout!r}")
+    check_tensor(call, "k", k, {first: None, second: None, "head_dim": q.shape[2]}, because="as q has")
+    check_tensor(call, "v", v, {first: k.shape[0], second: k.shape[1], "head_dim": None}, because="as k has")

@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import json
 
+import torch
+
 DTYPE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float8_e4m3fn": 8, "float8_e5m2": 8}
 
 
@@ -71,7 +73,27 @@ class AttentionSpec:
 
     def to_string(self) -> str:
         """Canonical JSON of the fields that differ from their defaults; the name under which torch ops carry the spec."""
-        return _to_string(self)
+        # Field by field: a traced function may hand plain values to a constant one, but not a dataclass.
+        return _text_of(
+            self.kind,
+            self.q_dtype,
+            self.kv_dtype,
+            self.o_dtype,
+            self.head_dim_qk,
+            self.head_dim_vo,
+            self.group_size,
+            self.kv_layout,
+            self.page_size,
+            self.causal,
+            self.window,
+            self.soft_cap,
+            self.pos_encoding,
+            self.custom_mask,
+            self.sinks,
+            self.k_scale,
+            self.v_scale,
+            self.lse,
+        )
 
     @staticmethod
     def from_string(text: str) -> AttentionSpec:
@@ -90,6 +112,11 @@ class AttentionSpec:
             words.append(self.pos_encoding)
         flags = ("causal", "window", "soft_cap", "custom_mask", "sinks", "k_scale", "v_scale", "lse")
         return " ".join(words + [f for f in flags if getattr(self, f)])
+
+
+@torch.compiler.assume_constant_result
+def _text_of(*values: str | int | bool) -> str:
+    return _to_string(AttentionSpec(*values))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -54,8 +54,8 @@ class SharedMemory(NamedTuple):
 
     ring    stages slots of K, then of V; 16-bit rows with padding, or packed fp8 rows
     wide    fp8 only: K and V of one tile as 16-bit rows with padding
-    q       [tile_q, pitch_k] query rows: over ``wide`` or the last slot of the ring, both written for the first time after every warp has taken
-            its rows into registers; a region of its own when the rows stay in shared memory or are larger than that
+    q       [tile_q, pitch_k] query rows: over ``wide`` or the last slot of the ring, both written for the first time after every warp has
+            taken its rows into registers; a region of its own when the rows stay in shared memory or are larger than that
     table   RoPE frequencies
     """
 
@@ -79,43 +79,41 @@ def shared_memory(spec: AttentionSpec, tile: PrefillSm80Tile) -> SharedMemory:
     return SharedMemory(0, wide, q, table, table + (padded(spec.head_dim_qk) // 2 * 8 if spec.pos_encoding == "ROPE_LLAMA" else 0))
 
 
-# Tried in this order for both sizes of query tile; the first within BUDGET is taken.
+# Tried in this order, 128 query rows (where they pay) before 64.
 _TABLE = (
-    # tile_kv, stages
-    (64, 2),  # up to head_dim 128, also 192,128 with 64 query rows: the next tile is in flight during one
-    (32, 3),  # wider: smaller tiles, but two of them in flight
-    (32, 2),  # head_dim 256 with 64 query rows: 99 KiB to the byte
-    (16, 2),  # head_dim 256 with RoPE
+    # tile_q, tile_kv, stages
+    (128, 64, 2),  # 68 KiB at head_dim 128, 100 at 192, 134 at 192,128: one tile in flight during one
+    (128, 32, 2),  # head_dim 256: 132 KiB
+    (64, 64, 2),  # 68 KiB at head_dim 128, 84 at 192,128: two or three CTAs on a Hopper SM
+    (64, 32, 3),  # head_dim 192: smaller tiles, but two of them in flight
+    (64, 32, 2),  # head_dim 256: 99 KiB to the byte
+    (64, 16, 2),  # head_dim 256 with RoPE
 )
-_TILE_Q = (128, 64)
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
     """The first reason this kernel cannot do ``spec`` on ``target``, or None."""
     if spec.kind != "prefill":
         return f"kind={spec.kind} is not prefill"
-    return why_not_sm80(spec, min(shared_memory(spec, tile).total for tile in _tiles(_TILE_Q[-1], False)), target)
+    return why_not_sm80(spec, min(shared_memory(spec, PrefillSm80Tile(*row)).total for row in _TABLE), target)
 
 
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> PrefillSm80Tile:
     """The tile for a batch whose lengths are unknown.
 
-    128 query rows read K and V half as often as 64, but only pay when requests fill them and the tiles fill the device. KV is split while the
-    tiles leave SMs idle.
+    128 query rows read K and V half as often as 64, but only pay when requests fill them and the tiles fill the device. KV is split while
+    the tiles leave SMs idle.
     """
     rows = hints.total_q * spec.group_size // max(1, hints.batch_size)
     large = rows >= 128 and _ctas(spec, 128, hints) >= hints.num_sms
-    for tile_q in _TILE_Q if large else _TILE_Q[1:]:
-        split = 2 * _ctas(spec, tile_q, hints) <= hints.num_sms
-        tiles = _tiles(tile_q, split)
-        for tile in tiles:
-            if shared_memory(spec, tile).total <= min(BUDGET, target.smem_limit):
-                return tile
-    return tiles[-1]
-
-
-def _tiles(tile_q: int, split_kv: bool) -> list[PrefillSm80Tile]:
-    return [PrefillSm80Tile(tile_q, *row, split_kv=split_kv) for row in _TABLE]
+    for tile in (PrefillSm80Tile(*row) for row in _TABLE):
+        # 8 warps keep an SM busy alone; 4 want company, so they stay within what the smallest SM of the family offers
+        budget = target.smem_limit if tile.tile_q == 128 else min(BUDGET, target.smem_limit)
+        # the addresses of a custom mask's bits leave no registers for 64 keys
+        fits = shared_memory(spec, tile).total <= budget and not (spec.custom_mask and tile.tile_kv == 64)
+        if fits and (large or tile.tile_q == 64):
+            break
+    return dataclasses.replace(tile, split_kv=2 * _ctas(spec, tile.tile_q, hints) <= hints.num_sms)
 
 
 def _ctas(spec: AttentionSpec, tile_q: int, hints: Hints) -> int:

@@ -110,7 +110,8 @@ class BatchAttentionWrapper:
         self._pin_memory_int_workspace_buffer: torch.Tensor | None = None
         self._cached_module = _PlanModule()
         self._plan_info: Planned | None = None
-        self._spec: AttentionSpec | None = None
+        self._spec: AttentionSpec | None = None  # of the last run()
+        self._accepted: tuple | None = None  # shapes, dtypes and devices that run() has checked
         self._workspace: Workspace | None = None
         self._device: torch.device | None = None
         self._set_options(Options())
@@ -178,7 +179,7 @@ class BatchAttentionWrapper:
         """Use another workspace from the next run() on. There is no integer workspace; the second tensor is only kept."""
         self._float_workspace_buffer = float_workspace_buffer
         self._int_workspace_buffer = int_workspace_buffer
-        self._device = self._workspace = None
+        self._device = self._workspace = self._accepted = None
         self._use_device(float_workspace_buffer.device)
 
     def end_forward(self) -> None:
@@ -257,7 +258,7 @@ class BatchAttentionWrapper:
             self._copy_into_buffers(arrays)
         self._set_options(options)
         self._plan_info = planned
-        self._spec = None
+        self._spec = self._accepted = None
         self._compile_ahead(planned, options)
 
     def _keep(self, arrays: dict[str, torch.Tensor]) -> None:
@@ -356,8 +357,31 @@ class BatchAttentionWrapper:
             )
         return self._plan_info
 
-    def _check_inputs(self, plan: Planned, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
-        """Shapes, dtypes and device of run()'s inputs against the plan; the head dimension of V."""
+    def _accept(self, plan: Planned, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Workspace:
+        """Check run()'s inputs, unless they look like those of the last run(); the workspace on their device."""
+        if torch.compiler.is_compiling():
+            self._check_inputs(plan, q, k, v)
+            return self._settle(plan, q.device)
+        looks = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+        if looks != self._accepted or self._workspace is None:
+            self._check_inputs(plan, q, k, v)
+            self._settle(plan, q.device)
+            self._accepted = looks
+        return self._workspace  # type: ignore[return-value]
+
+    def _settle(self, plan: Planned, device: torch.device) -> Workspace:
+        """The workspace on ``device``; metadata that waited on the CPU for a device follows."""
+        if self._workspace is not None and self._device == device:
+            return self._workspace
+        workspace = self._use_device(device)
+        check_attention_dtypes("run()", plan.q_dtype, plan.kv_dtype, plan.o_dtype, self._kernel_device())
+        names = [n for n in self._buffers if isinstance(getattr(self, n), torch.Tensor)]
+        for name, array in zip(names, to_device([getattr(self, n) for n in names], device)):
+            setattr(self, name, array)
+        return workspace
+
+    def _check_inputs(self, plan: Planned, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Shapes, dtypes and device of run()'s inputs against the plan."""
         replan = "call plan() again with what run() gets, or pass what plan() was told"
         check_tensor(
             "run()",
@@ -390,18 +414,6 @@ class BatchAttentionWrapper:
         if plan.total_kv is not None and k.shape[1] < plan.total_kv:
             what = f"run(): k has {k.shape[1]} tokens but plan() was called with kv_indptr[-1]={plan.total_kv}"
             fail(ShapeError, what, got=describe("k", k[0]), fix=replan)
-        return v.shape[3]
-
-    def _settle(self, device: torch.device) -> Workspace:
-        """The workspace on ``device``; metadata that waited on the CPU for a device follows."""
-        if self._workspace is not None and self._device == device:
-            return self._workspace
-        workspace = self._use_device(device)
-        self._dtypes(self._planned().q_dtype, self._planned().kv_dtype, self._planned().o_dtype)
-        names = [n for n in self._buffers if isinstance(getattr(self, n), torch.Tensor)]
-        for name, array in zip(names, to_device([getattr(self, n) for n in names], device)):
-            setattr(self, name, array)
-        return workspace
 
     def _execute(
         self,
@@ -420,15 +432,13 @@ class BatchAttentionWrapper:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of ``q`` over 4-D ``k``, ``v`` (page, token, head, dim) and this wrapper's metadata."""
         plan = self._planned()
-        head_dim_vo = self._check_inputs(plan, q, k, v)
-        workspace = self._settle(q.device)
+        workspace = self._accept(plan, q, k, v)
         scales = resolve_scales(
             "run()", options, plan.head_dim_qk, plan.num_kv_heads, plan.num_qo_heads, q.device, q_scale, k_scale, v_scale
         )
-        rows = q.shape[0]
-        out, lse = make_outputs(
-            "run()", q, (rows, plan.num_qo_heads, head_dim_vo), plan.o_dtype, out, lse, want_lse=return_lse or lse is not None
-        )
+        head_dim_vo = plan.head_dim_vo or int(v.shape[3])
+        shape = (q.shape[0], plan.num_qo_heads, head_dim_vo)
+        out, lse = make_outputs("run()", q, shape, plan.o_dtype, out, lse, want_lse=return_lse or lse is not None)
         if sinks is not None:
             check_tensor("run()", "sinks", sinks, {"num_qo_heads": plan.num_qo_heads}, dtypes=(torch.float32,), device=q.device)
         spec = self._spec = self._spec_of(

@@ -32,7 +32,7 @@ import filelock
 from ..errors import CacheError
 from . import trust
 from .inspect import KernelFacts
-from .key import FORMAT, canonical_json, digest
+from .key import FORMAT, Request, canonical_json, digest
 
 log = logging.getLogger("cute_infer.jit")
 
@@ -264,7 +264,7 @@ def _sync(directory: Path) -> None:
 
 def describe(fields: dict[str, Any]) -> str:
     """One line per entry for people: ``decode_sm90 sm_90a kind=decode group_size=8 | cluster=2 stages=4``."""
-    words = [fields["path"].partition(":")[0].rpartition(".")[2], fields["arch"]]
+    words = [Request(fields["path"], None, None, "").name, fields["arch"]]
     for part in (fields["spec"], fields["tile"]):
         values = part["fields"] if isinstance(part, dict) else {}
         words += [f"{name}={canonical_json(value)}".replace('"', "") for name, value in values.items() if value not in (None, False)]

@@ -51,7 +51,7 @@ def decode(data: Any) -> Any:
     if isinstance(data, dict):
         module, _, name = data["class"].partition(":")
         cls = getattr(importlib.import_module(module), name)
-        if not dataclasses.is_dataclass(cls):
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise TypeError(f"{data['class']} is not a dataclass")
         return cls(**{key: decode(item) for key, item in data["fields"].items()})
     return tuple(decode(item) for item in data) if isinstance(data, list) else data
@@ -79,8 +79,9 @@ class Request:
 
     @property
     def name(self) -> str:
-        """Short name for people: the module's last word, ``decode_sm90``."""
-        return self.path.partition(":")[0].rpartition(".")[2]
+        """Short name for people: the module's last word, ``decode_sm90``; with its package where that says little, ``paged_kernels``."""
+        *packages, module = self.path.partition(":")[0].split(".")
+        return f"{packages[-1]}_{module}" if module.startswith("kernels") and packages else module
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -110,4 +110,4 @@ def _supported(capability: tuple[int, int], name: str) -> Target:
             expected="8.0 (Ampere) or newer",
             fix='pass backend="reference"',
         )
-    return Target(tuple(capability))
+    return Target(capability)

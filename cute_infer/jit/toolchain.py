@@ -33,11 +33,11 @@ def version(distribution: str) -> str | None:
 def flavours() -> dict[int, Path]:
     """Installed flavours by CUDA major version, with the directory of each one's runtime library."""
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
-    found = {}
+    found: dict[int, Path] = {}
     for root in (spec.submodule_search_locations or ()) if spec else ():
         for directory in Path(root).glob("cu*/lib"):
             if (directory / RUNTIME).exists() and (major := re.fullmatch(r"cu(\d+)", directory.parent.name)):
-                found[int(major[1])] = directory
+                found.setdefault(int(major[1]), directory)
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+ROW_PATH = "cute_infer.sampling.kernels_rows:RowKernel"
+CHAIN_PATH = "cute_infer.sampling.kernels_chain:ChainKernel"
 MAX_VOCAB = 262144  # 2**18: with masses below 2**31 a row's total stays below 2**49, exact in a double
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -93,3 +95,19 @@ def choose(is_hopper: bool, vocab: int, rows: int) -> RowTile:
         few, many = next(tiles for limit, *tiles in SM90_TILES if vocab <= limit)
         return few if rows <= FEW_ROWS else many
     return next(tile for limit, tile in SM80_TILES if vocab <= limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainSpec:
+    """Static facts of chain speculative sampling: seed and offset are "scalar" or "row"; aligned as in :class:`RowSpec`."""
+
+    seed: str = "scalar"
+    offset: str = "scalar"
+    aligned: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainTile:
+    """One CTA per sequence. 1024 threads: 32 warp sums are one warp's scan, and one CTA needs all the loads in flight it can have."""
+
+    threads: int = 1024

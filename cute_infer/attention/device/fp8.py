@@ -21,7 +21,7 @@ from .mma import load_shared_2, store_shared_4
 
 
 def conversion(source, wide) -> tuple[int, int, int, int, int] | None:
-    """(right shift of the byte in bits 8-15, factor, carry, carried bit, smear) for one 16-bit lane; None when the byte alone is the answer.
+    """(right shift of the byte in bits 8-15, factor, carry, carried bit, smear) for one 16-bit lane; None when the byte alone will do.
 
     ``smear`` multiplies the carried bit, shifted down by one, into the exponent bits that the scaled value lacks.
     """
@@ -67,7 +67,7 @@ def widen_rows(
     source: Constexpr,
     wide: Constexpr,
 ):
-    """``rows`` rows of ``dim`` fp8 codes, packed at shared address ``staged``, into rows of ``pitch`` bytes of 16-bit elements at ``target``."""
+    """``rows`` rows of ``dim`` fp8 codes, packed at shared address ``staged``, into 16-bit rows of ``pitch`` bytes at ``target``."""
     units = dim // 8  # 8 codes in, 16 bytes out: neighbouring threads write neighbouring 16 bytes
     total = rows * units
     for i in cutlass.range_constexpr(-(-total // threads)):

@@ -116,7 +116,7 @@ def unpack_2(word: Uint32, dtype: Constexpr):
 # --------------------------------------------------------------------------------------------------------------------------- fragments
 @cute.jit
 def lane_offset_a(lane: Int32, pitch: Constexpr):
-    """This lane's ldmatrix offset for A (rows x k, k contiguous) and for V read transposed (tokens x columns): rows 0-15, then the next 8 columns."""
+    """This lane's ldmatrix offset for A (rows x k, k contiguous) and for V read transposed (tokens x columns)."""
     return Uint32((lane % 16) * pitch + (lane // 16) * 16)
 
 
@@ -159,7 +159,9 @@ def q_times_k(
 
 
 @cute.jit
-def p_times_v(acc_o: cute.Tensor, acc_p: cute.Tensor, v_address: Uint32, dim: Constexpr, tokens: Constexpr, pitch: Constexpr, dtype: Constexpr):
+def p_times_v(
+    acc_o: cute.Tensor, acc_p: cute.Tensor, v_address: Uint32, dim: Constexpr, tokens: Constexpr, pitch: Constexpr, dtype: Constexpr
+):
     """``acc_o [16, dim] += P [16, tokens] V [tokens, dim]``.
 
     The accumulator of two neighbouring 8-column tiles is, pair by pair, the A fragment of 16 tokens: P needs a rounding and no data

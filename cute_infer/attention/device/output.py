@@ -9,7 +9,7 @@ A row that saw nothing (l = 0, no sink) gives out = 0 and lse = -inf. A NaN stay
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
 from .logits import LOG2E
 from .softmax import finite
@@ -49,7 +49,7 @@ def store_lse(lse, lse_partial, value: Float32, token: Int32, head: Int32, split
 
 @cute.jit
 def store_columns(out, out_partial, values: cute.Tensor, token: Int32, head: Int32, split: Int32, column: Int32):
-    """Write ``values [n]`` fp32 (n a power of two) to columns ``column ..`` (a multiple of n) of a row: partial in fp32, result in its dtype."""
+    """Write ``values [n]`` fp32 to columns ``column ..`` (a multiple of n, a power of two) of a row: partial or result."""
     n = cute.size(values)
     if const_expr(out_partial is not None):
         row = out_partial[split, Int64(token), head, None]

@@ -4,8 +4,8 @@ A KV cache is ``[pages, page_size, num_kv_heads, head_dim]`` with 64-bit strides
 token. Address arithmetic is 64-bit throughout: caches larger than 2^31 elements are ordinary.
 
 A page id outside ``[0, pages)``, an index past the end of ``kv_indices`` or a token past the end of a ragged K is never followed: zeros
-arrive instead and ``status[0]`` becomes 1. Tokens outside the visible range ``[lo, hi)`` arrive as zeros too, so that stale memory (a partly filled last page, pages
-that slid out of the window) cannot reach V as 0 * NaN.
+arrive instead and ``status[0]`` becomes 1. Tokens outside the visible range ``[lo, hi)`` arrive as zeros too, so that stale memory (a
+partly filled last page, pages that slid out of the window) cannot reach V as 0 * NaN.
 
 How a tile is copied: ``lanes_per_row`` neighbouring threads take one row, 16 bytes each, 128 contiguous bytes per request; a group of
 ``threads`` threads therefore covers ``threads / lanes_per_row`` rows a pass. Each thread keeps one page id per pass in registers and
@@ -65,7 +65,7 @@ def load_page_ids(
     rows: Constexpr,
     lanes: Constexpr,
 ):
-    """Fetch ``ids [passes]``, the pages of this thread's rows of the tile at ``token``. Nothing waits for them until :func:`check_page_ids`."""
+    """Fetch ``ids [passes]``, the pages of this thread's rows of the tile at ``token``; nothing waits until :func:`check_page_ids`."""
     step = threads // lanes
     for i in cutlass.range_constexpr(cute.size(ids)):
         row = i * step + rank // lanes
@@ -158,7 +158,8 @@ def copy_rows(
             offset = Int64(page) * stride_page + Int64(tok % spec.page_size) * stride_token
         else:
             offset = Int64(first + tok if present else Int32(0)) * stride_token
-        copy_row(base + offset * width, destination + Uint32(row * pitch), present, row < rows, rank, head_dim, width, lanes, rows % step != 0)
+        target = destination + Uint32(row * pitch)
+        copy_row(base + offset * width, target, present, row < rows, rank, head_dim, width, lanes, rows % step != 0)
 
 
 @cute.jit
@@ -211,7 +212,8 @@ def copy_query_rows(
 ):
     """Start the copy of ``rows`` packed query rows ``first_row ..`` of one request and KV head.
 
-    Packed row r is query ``first_token + r // group_size`` and head ``kv_head * group_size + r % group_size``; rows from ``num_rows`` on are zeros.
+    Packed row r is query ``first_token + r // group_size`` and head ``kv_head * group_size + r % group_size``.
+    Rows from ``num_rows`` on are zeros.
     """
     lanes = lanes_per_row(2 * spec.head_dim_qk)
     step = threads // lanes

@@ -48,9 +48,9 @@ def start(row_max: cute.Tensor, row_sum: cute.Tensor):
 def update(scores: cute.Tensor, acc_o: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor):
     """Take in one tile: scores become probabilities, ``acc_o``, ``row_max``, ``row_sum`` move to the new maximum.
 
-    ``scores [rows, n]`` and ``acc_o [rows, columns]`` are register views (``mma.rows_and_columns``), ``row_max [rows]`` and ``row_sum [rows]``
-    register tensors. Called by whole warps: the rescaling is skipped when no row of the warp moved, which is most of the time after the
-    first tiles and changes no bit (the factor would be 1).
+    ``scores [rows, n]`` and ``acc_o [rows, columns]`` are register views (``mma.rows_and_columns``), ``row_max [rows]`` and
+    ``row_sum [rows]`` register tensors. Called by whole warps: the rescaling is skipped when no row of the warp moved, which is most of
+    the time after the first tiles and changes no bit (the factor would be 1).
     """
     rows = cute.size(scores, mode=[0])
     columns = cute.size(scores, mode=[1])

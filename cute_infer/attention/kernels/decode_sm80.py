@@ -4,8 +4,8 @@ One CTA owns (request, KV head, block of 16 query heads of the group, KV split).
 MMA, so a group of G heads reads its KV once per 16 heads.
 
 Warps (all alike; there is no barrier between them before the merge)
-    Warp w takes steps w, w + warps, ... of the CTA's token range. It owns a ring of ``stages`` slots of ``tokens`` tokens, fills it with cp.async
-    for itself, and keeps a private online softmax and a private 16 x head_dim_vo accumulator.
+    Warp w takes steps w, w + warps, ... of the CTA's token range. It owns a ring of ``stages`` slots of ``tokens`` tokens, fills it with
+    cp.async for itself, and keeps a private online softmax and a private 16 x head_dim_vo accumulator.
 
 One step
     wait for the slot; refill the slot of the previous step; [fp8: widen the bytes into a 16-bit tile]; [RoPE: rotate K in place];
@@ -166,8 +166,9 @@ class DecodeSm80:
         cute.arch.sync_threads()
         if const_expr(self.rope):
             rope.rotate_rows(
-                base + at.q, self.pitch_k, ROWS, spec.head_dim_qk, base + at.table, kv_len - 1, Int32(0), ROWS, thread, tile.threads, self.dtype
-            )
+                base + at.q, self.pitch_k, ROWS, spec.head_dim_qk, base + at.table, kv_len - 1, Int32(0), ROWS, thread, tile.threads,
+                self.dtype,
+            )  # fmt: skip
             cute.arch.sync_threads()
         q_address = base + Uint32(at.q) + mma.lane_offset_a(lane, self.pitch_k)
         q_frag = None

@@ -10,8 +10,8 @@ Warps (all alike): each owns 16 query rows, their softmax and their 16 x head_di
 
 One KV tile
     wait for the slot; barrier; refill the slot of the previous tile; [fp8: widen the bytes into a 16-bit tile, barrier];
-    [RoPE: rotate K in place, barrier]; S = Q K^T; scale, soft cap, ALiBi; custom mask; band mask (only tiles that some row does not see whole);
-    softmax; O += P V
+    [RoPE: rotate K in place, barrier]; S = Q K^T; scale, soft cap, ALiBi; custom mask; band mask (only tiles that some row does not see
+    whole); softmax; O += P V
 Tiles outside the causal or window range of the CTA's rows are never visited.
 
 Shared memory (head_dim 128, 16 bit, 64 x 2 stages): 68 KiB of rings, in which Q passes through; see ``tiles_prefill_sm80.SharedMemory``.
@@ -96,8 +96,9 @@ class PrefillSm80:
         # sum of ceil(rows_i / tile_q) <= (sum of rows_i + batch * (tile_q - 1)) / tile_q
         tiles = (q.shape[0] * self.spec.group_size + batch * (tile_q - 1)) // tile_q
         self.kernel(
-            q, k, v, out, lse, qo_indptr, kv_indptr, kv_indices, kv_last_page_len, mask_bits, mask_indptr, sinks, k_scale, v_scale, out_partial,
-            lse_partial, status, sm_scale, out_scale, soft_cap, lse_scale, rope_rcp_scale, rope_log2_theta, window_left, num_splits, batch,
+            q, k, v, out, lse, qo_indptr, kv_indptr, kv_indices, kv_last_page_len, mask_bits, mask_indptr, sinks, k_scale, v_scale,
+            out_partial, lse_partial, status, sm_scale, out_scale, soft_cap, lse_scale, rope_rcp_scale, rope_log2_theta, window_left,
+            num_splits, batch,
         ).launch(grid=[tiles, k.shape[2], num_splits], block=[self.tile.threads, 1, 1], stream=stream)  # fmt: skip
 
     @cute.kernel
@@ -245,8 +246,8 @@ class PrefillSm80:
                     cute.arch.sync_threads()
                 if const_expr(self.rope):
                     rope.rotate_rows(
-                        k_tile, self.pitch_k, tile.tile_kv, spec.head_dim_qk, base + Uint32(at.table), token, Int32(0), 1, thread, tile.threads,
-                        self.dtype,
+                        k_tile, self.pitch_k, tile.tile_kv, spec.head_dim_qk, base + Uint32(at.table), token, Int32(0), 1, thread,
+                        tile.threads, self.dtype,
                     )  # fmt: skip
                     cute.arch.sync_threads()
 

@@ -1,0 +1,106 @@
+"""Arguments of the sampling functions: shapes, per-row parameters, and where random numbers start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..checks import check_tensor, describe
+from ..errors import ConfigError, DeviceError, DTypeError, ShapeError, fail
+from .tiles import MAX_VOCAB
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Param = torch.Tensor | float | int | None
+
+
+def check_rows(call: str, name: str, x: Any, check_nan: bool = False) -> None:
+    """``x`` is ``[rows, vocab]`` in a float dtype, 1 <= vocab <= MAX_VOCAB; with ``check_nan`` it is also read (a device sync on CUDA).
+
+    Raises:
+        ShapeError, DTypeError; ConfigError ``Input <name> contains NaN.``
+    """
+    check_tensor(call, name, x, {"rows": None, "vocab": None}, dtypes=FLOATS)
+    if not 1 <= x.shape[1] <= MAX_VOCAB:
+        fail(ShapeError, f"{call}: vocab={x.shape[1]} is not in 1..{MAX_VOCAB}", got=describe(name, x))
+    if check_nan and bool(torch.isnan(x).any()):
+        raise ConfigError(f"Input {name} contains NaN.")
+
+
+def check_indices(call: str, indices: torch.Tensor | None, x: torch.Tensor) -> int:
+    """The number of output rows: ``x``'s, or ``indices``'s."""
+    if indices is None:
+        return x.shape[0]
+    check_tensor(call, "indices", indices, {"slots": None}, dtypes=(torch.int32, torch.int64), device=x.device)
+    return indices.shape[0]
+
+
+def per_row(
+    value: Param, dtype: torch.dtype, slots: int, x: torch.Tensor, indices: torch.Tensor | None
+) -> tuple[torch.Tensor | None, float | int | None]:
+    """A parameter as (tensor ``[slots]``, None), (None, number) or (None, None).
+
+    With ``indices`` a tensor may have one value per output row or one per input row.
+
+    Raises:
+        ShapeError with FlashInfer's texts; DeviceError.
+    """
+    if value is None:
+        return None, None
+    if not isinstance(value, torch.Tensor):
+        return None, float(value) if dtype.is_floating_point else int(value)
+    what = "the sampling parameter"
+    if value.dim() == 0:
+        raise ShapeError(f"Expected a 1D tensor of shape (batch_size,) or scalar for {what}, but got a 0-dimensional tensor.")
+    if value.dim() > 1:
+        raise ShapeError(f"Expected a 1D tensor or scalar for {what}, but got a {value.dim()}D tensor.")
+    if value.device != x.device:
+        fail(DeviceError, f"{what} is on another device than the rows", got=f"{value.device} and {x.device}", fix="move it, or pass a number")
+    if indices is not None and value.shape[0] != slots and value.shape[0] == x.shape[0]:
+        value = value[indices.long()]
+    if value.shape[0] != slots:
+        raise ShapeError(f"Sampling parameter tensor batch size mismatch: expected length {slots}, got {value.shape[0]}.")
+    return value.to(dtype), None
+
+
+def random_start(
+    call: str, value: int | torch.Tensor | None, name: str, slots: int, device: torch.device
+) -> tuple[torch.Tensor | None, int | None, bool]:
+    """A seed or an offset as (tensor ``[slots]`` int64 with any stride, None) or (None, int64), and whether it is one per row."""
+    if value is None:
+        return None, None, False
+    if not isinstance(value, torch.Tensor):
+        return None, signed64(int(value)), False
+    if value.dtype not in (torch.int32, torch.int64, torch.uint64):
+        fail(DTypeError, f"{call}: {name} must be an integer tensor", got=describe(name, value), expected="int64 [1] or [rows]")
+    if value.numel() not in (1, slots) or value.dim() > 1:
+        fail(ShapeError, f"{call}: {name} has {value.numel()} values for {slots} rows", got=describe(name, value), expected="int64 [1] or [rows]")
+    if value.device != device:
+        fail(DeviceError, f"{call}: {name} is on another device than the rows", got=f"{value.device} and {device}")
+    many = value.dim() == 1 and value.shape[0] == slots and slots > 1
+    value = value.view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
+    return value.reshape(-1).expand(slots), None, many
+
+
+def signed64(value: int) -> int:
+    """The int64 with the same low 64 bits."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def next_start(generator: torch.Generator | None, device: torch.device) -> tuple[torch.Tensor | int, int]:
+    """(seed, offset) for one call without an explicit seed. Never waits for the device.
+
+    CUDA: the generator's own Philox seed and offset; the offset moves on. During graph capture a captured kernel draws a seed into a
+    tensor of one element, so that every replay gets a new one. CPU: a seed drawn from the generator.
+    """
+    if device.type != "cuda":
+        return int(torch.randint(0, 2**63 - 1, (), generator=generator, device="cpu")), 0
+    if torch.cuda.is_current_stream_capturing():
+        return torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device), 0
+    if generator is None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)
+    return signed64(generator.initial_seed()), offset
