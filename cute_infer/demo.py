@@ -9,15 +9,19 @@ import torch
 
 import cute_infer
 
+from .config import get_config
+
 WIDTH = 60
 
 
 def backend_line(device: torch.device) -> str:
     """One line that says which of the two implementations is about to run, and on what."""
     if device.type == "cpu":
-        return "Backend: PyTorch reference on the CPU (no CUDA device found)"
+        found = "not used" if torch.cuda.is_available() else "none found"
+        return f"Backend: PyTorch reference on the CPU (CUDA device: {found})"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"Backend: CuTe DSL kernels on {torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    code = "PyTorch reference" if get_config().backend == "reference" else "CuTe DSL kernels"
+    return f"Backend: {code} on {torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def default_device() -> torch.device:
@@ -32,6 +36,10 @@ def main(device: torch.device | str | None = None) -> None:
     def randn(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
 
+    def show(output: object) -> None:
+        assert isinstance(output, torch.Tensor) and output.isfinite().all()
+        print(f"   Output shape: {output.shape}")
+
     print("=" * WIDTH)
     print("cute_infer Complete Demo")
     print("=" * WIDTH)
@@ -40,17 +48,17 @@ def main(device: torch.device | str | None = None) -> None:
     print("\n1. Single Decode Attention")
     q, k, v = randn(32, 128), randn(2048, 32, 128), randn(2048, 32, 128)
     output = cute_infer.single_decode_with_kv_cache(q, k, v)
-    print(f"   Output shape: {output.shape}")
+    show(output)
 
     print("\n2. Single Prefill Attention")
     q, k, v = randn(512, 32, 128), randn(512, 32, 128), randn(512, 32, 128)
     output = cute_infer.single_prefill_with_kv_cache(q, k, v, causal=True)
-    print(f"   Output shape: {output.shape}")
+    show(output)
 
     print("\n3. Attention with RoPE")
     q, k, v = randn(32, 128), randn(2048, 32, 128), randn(2048, 32, 128)
     output = cute_infer.single_decode_with_kv_cache(q, k, v, pos_encoding_mode="ROPE_LLAMA")
-    print(f"   Output shape: {output.shape}")
+    show(output)
 
     print("\n4. Sampling")
     logits = randn(4, 32000, dtype=torch.float32)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..alignment import aligned, is_aligned
 from . import reference
 from .merge import merge_partials
 from .plan import BoundKernel, Workspace
@@ -73,14 +74,25 @@ def _launch(spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple
     if total_q == 0 or num_qo_heads == 0:
         return  # a grid of zero CTAs is an error
     sm_scale, out_scale, soft_cap, lse_scale, rope_scale, rope_theta, window_left = scalars
+    if k.shape[0] * k.shape[1] == 0:  # a copy descriptor must describe something
+        if spec.kv_layout == "single":
+            out.zero_()
+            if lse is not None:
+                lse.fill_(-math.inf)
+            return
+        k, v = (t.new_zeros((1, max(1, t.shape[1]), *t.shape[2:])) for t in (k, v))
+        tensors = (q, k, v, *tensors[3:])
+    if sm_scale <= 0.0:  # kernels take row maxima before they scale: q' = -q with a positive scale is the same attention
+        tensors, sm_scale = (q * (-1.0 if sm_scale < 0.0 else 0.0), *tensors[1:]), -sm_scale or 1.0
     if workspace is None:
         workspace = _functional_workspace(q.device)
     bound = workspace.bind(spec, batch_size, k.shape[2], total_q)
     split = bound.choice.tile.split_kv
-    partials = workspace.partials(bound.num_splits, total_q, num_qo_heads, spec.head_dim_vo) if split else (None, None)
+    out_partial, lse_partial = workspace.partials(bound.num_splits, total_q, num_qo_heads, spec.head_dim_vo) if split else (None, None)
     args = (
         *tensors,
-        *partials,
+        out_partial,
+        lse_partial,
         workspace.status,
         sm_scale,
         out_scale,
@@ -96,27 +108,17 @@ def _launch(spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple
         bound.run(*args)
     except (ValueError, TypeError):
         _launch_aligned(bound, args)
-    if split:
-        merge_partials(*partials, out, lse, lse_scale)
+    if out_partial is not None and lse_partial is not None:
+        merge_partials(out_partial, lse_partial, out, lse, lse_scale)
 
 
 def _launch_aligned(bound: BoundKernel, args: tuple) -> None:
     """The kernel refused an argument before launching: rows of q or the cache do not start on 16-byte boundaries. Copy and try once more."""
     q, k, v, out, *rest = args
-    aligned = [_aligned(t) for t in (q, k, v)]
-    result = out if _is_aligned(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-    bound.run(*aligned, result, *rest)
+    result = out if is_aligned(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    bound.run(aligned(q), aligned(k), aligned(v), result, *rest)
     if result is not out:
         out.copy_(result)
-
-
-def _is_aligned(t: torch.Tensor) -> bool:
-    size = t.element_size()
-    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in t.stride()[:-1])
-
-
-def _aligned(t: torch.Tensor) -> torch.Tensor:
-    return t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format)
 
 
 def _functional_workspace(device: torch.device) -> Workspace:

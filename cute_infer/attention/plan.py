@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..jit import Target, get_kernel
+from .merge import load_partials_kernel
 from .spec import AttentionSpec
 from .tiles import Choice, Hints, pick
 
@@ -97,7 +98,10 @@ def _bind(spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_hea
     hints = Hints(batch_size, num_kv_heads, sms, total_q)
     choice = pick(spec, target, hints)
     kernel = get_kernel(choice.path, spec, choice.tile, target)
-    splits = choice.tile.num_splits(spec, hints) if choice.tile.split_kv else 1
+    splits = 1
+    if choice.tile.split_kv:
+        splits = choice.tile.num_splits(spec, hints)
+        load_partials_kernel(device, getattr(torch, spec.o_dtype), spec.head_dim_vo, spec.lse, splits)
     return BoundKernel(kernel.fn, choice, splits, sms)
 
 

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Float64, Int32, Int64, Uint32, Uint8, const_expr
+from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint32, Uint8, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
@@ -235,7 +235,7 @@ class RowKernel:
         if const_expr(not self.is_logits):
             is_valid = is_valid and m >= Float32(1e-30)  # 2**31 / m must stay finite
         inverse_t = Float32(LOG2_E)
-        greedy = m != m  # a false that the compiler cannot see through
+        greedy = Boolean(False)
         if const_expr(self.spec.temperature != "none"):
             t = self.parameter(temperature, temperature_value, slot)
             greedy = t <= Float32(0.0)
@@ -461,7 +461,9 @@ class RowKernel:
         p_limit = Int64(NO_MASS)
         smallest = Uint32(0)  # masses up to this cannot be needed to reach p_limit
         last_bin = Int32(BINS - 1)
-        after_k = use_k and use_p if const_expr(self.spec.k_first) else k != k
+        after_k = Boolean(False)  # top-p's limit is a share of what top-k leaves, known once that is
+        if const_expr(self.has_k and self.has_p and self.spec.k_first):
+            after_k = use_k and use_p
         if const_expr(self.has_p):
             if use_p and not after_k:
                 total = self.total_mass(row, smem)
@@ -478,17 +480,21 @@ class RowKernel:
             self.tally_coarse(row, smem, last_bin, smallest, use_k, use_p)
             row_sync(self.tile.cluster)
             found = self.find(smem, Int32(0), True)
+            buffer = Int32(1)
             if found >= 0:
-                key, buffer = self.refine(row, smem, found, use_p, Int32(1))
-                if const_expr(self.has_k and self.has_p and self.spec.k_first):
-                    if after_k:
-                        p_limit = self.nucleus(p, smem.answer_mass[0] + smem.answer_mass[1])
-                        self.set_limits(smem, Int32(NO_COUNT), p_limit)
-                        found = self.find(smem, Int32(0), True)
-                        if found >= 0:
-                            key_p, _ = self.refine(row, smem, found, use_p, buffer)
-                            if key_p > key:
-                                key = key_p
+                key, buffer = self.refine(row, smem, found, use_p, buffer)
+            if const_expr(self.has_k and self.has_p and self.spec.k_first):
+                if after_k:
+                    reached = Int64(0)
+                    if found >= 0:
+                        reached = smem.answer_mass[0] + smem.answer_mass[1]
+                    else:
+                        reached = self.total_mass(row, smem)  # fewer than k tokens: top-k keeps them all
+                    self.set_limits(smem, Int32(NO_COUNT), self.nucleus(p, reached))
+                    found = self.find(smem, Int32(0), True)
+                    if found >= 0:
+                        key_p, _ = self.refine(row, smem, found, use_p, buffer)
+                        key = key_p if key_p > key else key
         return key
 
     @cute.jit

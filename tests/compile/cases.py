@@ -120,7 +120,8 @@ def all_cases() -> list[Case]:
     for name, rows, vocab in (("top-k top-p min-p from logits, few rows", row, 128256), ("top-p renorm", renorm, 32000)):
         for target in both:
             tile = sampling.choose(target.is_hopper, vocab, 8)
-            cases.append(other(name, "cute_infer.sampling.kernels_rows:RowKernel", rows, tile, target))
+            cases.append(other(name, sampling.ROW_PATH, rows, tile, target))
+    cases += [other("chain", sampling.CHAIN_PATH, sampling.ChainSpec(), sampling.ChainTile(), target) for target in both]
     return cases
 
 
@@ -137,4 +138,5 @@ EXPECTED: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "merge": ({}, (*HOPPER_ONLY, "mma.sync")),
     "paged_kernels": ({}, (*HOPPER_ONLY, "mma.sync")),
     "sampling_kernels_rows": ({}, (*HOPPER_ONLY, "mma.sync")),
+    "sampling_kernels_chain": ({}, (*HOPPER_ONLY, "mma.sync")),
 }
