@@ -113,7 +113,7 @@ def _launch(spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple
 
 
 def _launch_aligned(bound: BoundKernel, args: tuple) -> None:
-    """The kernel refused an argument before launching: rows of q or the cache do not start on 16-byte boundaries. Copy and try once more."""
+    """The kernel refused an argument before it launched: some rows do not start on 16-byte boundaries. Copy those and try once more."""
     q, k, v, out, *rest = args
     result = out if is_aligned(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     bound.run(aligned(q), aligned(k), aligned(v), result, *rest)
@@ -122,7 +122,7 @@ def _launch_aligned(bound: BoundKernel, args: tuple) -> None:
 
 
 def _functional_workspace(device: torch.device) -> Workspace:
-    """Scratch for calls without a wrapper: one per stream, and a fresh one inside a graph so that replays share nothing with eager calls."""
+    """Scratch for calls without a wrapper: one per stream; inside a graph a fresh one, so that replays share nothing with eager calls."""
     if torch.cuda.is_current_stream_capturing():
         return Workspace(device)
     key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)

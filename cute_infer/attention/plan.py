@@ -55,7 +55,7 @@ class Workspace:
         return self._bound
 
     def partials(self, num_splits: int, total_q: int, num_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(out_partial [num_splits, total_q, num_heads, head_dim], lse_partial [num_splits, total_q, num_heads])``, fp32, uninitialised."""
+        """``out_partial [num_splits, total_q, num_heads, head_dim]`` and ``lse_partial`` (without head_dim), fp32, uninitialised."""
         shape = (num_splits, total_q, num_heads, head_dim)
         if self._partials is None or self._partials[0].shape != shape:
             self._partials = self._allocate(shape)

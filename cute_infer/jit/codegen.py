@@ -8,12 +8,15 @@ nodes, or a bundle built in CI.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
 import shlex
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ def build(request: Request, inputs: dict[str, Any], toolchain: dict[str, str | N
     symbol = f"cute_infer_{request.name}_{digest(inputs)[:16]}"
     what = f"{request.name} for {request.arch}: {request.spec}"
     try:
-        with compiling(what), tempfile.TemporaryDirectory(prefix="cute_infer-") as directory:
+        with compiling(what), _without_advice(), tempfile.TemporaryDirectory(prefix="cute_infer-") as directory:
             scratch = Path(directory)
             report = scratch / "report.yaml"
             options = (
@@ -93,6 +96,15 @@ def load(entry: Entry) -> Any:
         return load_module(f"/proc/self/fd/{descriptor}", enable_tvm_ffi=True)[entry.symbol]
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Hide the tracer's warnings (long unrolled loops, deprecated names) from users: they are for whoever dumps the code to read it."""
+    with warnings.catch_warnings():
+        if get_config().dump_dir is None:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def _resolve(path: str) -> Any:

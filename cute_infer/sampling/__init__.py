@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from . import ops as _ops  # registers the torch ops
 from .filters import softmax, top_k, top_k_mask_logits, top_k_renorm_probs, top_p_renorm_probs
 from .samplers import (
     min_p_sampling_from_probs,

@@ -6,6 +6,7 @@ import torch
 
 from ..checks import check_tensor
 from ..errors import ShapeError, fail
+from . import ops as _ops  # noqa: F401  (registers the torch ops)
 from .params import FLOATS, Param, check_rows, per_row
 
 

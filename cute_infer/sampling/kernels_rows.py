@@ -39,7 +39,7 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint32, Uint8, const_expr
+from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
@@ -131,7 +131,7 @@ class RowKernel:
 
         x           [rows, vocab] with any row stride            out        ids [slots] int32, or [slots, vocab]
         valid       [slots] uint8, logprob [slots] fp32: only with output "ids"
-        indices     [slots] int32; temperature, top_p, min_p [slots] fp32, top_k [slots] int32, seed, offset [slots] int64 (0-stride allowed)
+        indices     [slots] int32; temperature, top_p, min_p [slots] fp32, top_k [slots] int32, seed, offset [slots] int64; any stride
         *_value     the scalar forms; row_in_counter is 1 when rows must differ by their position (one seed for all), else 0
         """
         spec = self.spec

@@ -33,7 +33,7 @@ def _chain_kernel(device: torch.device, spec: ChainSpec) -> Callable[..., Any]:
 
 
 def _mode(tensor: torch.Tensor | None, value: Scalar, off: bool) -> str:
-    """"row", "scalar", or "none" for a parameter that is absent or a number that changes nothing."""
+    """The words "row", "scalar", or "none" for a parameter that is absent or a number that changes nothing."""
     if tensor is not None:
         return "row"
     return "none" if value is None or off else "scalar"

@@ -62,6 +62,15 @@ def _tensor(tensor: torch.Tensor | None, value: float | int | None, slots: int, 
     return torch.tensor([value], dtype=dtype, device=x.device).expand(slots)
 
 
+def _reference_start(start: dict[str, Any], slots: int, x: torch.Tensor) -> dict[str, Any]:
+    """Seed and offset as tensors ``[slots]``."""
+    return dict(
+        seed=_tensor(start["seed"], start["seed_value"], slots, x, torch.int64),
+        offset=_tensor(start["offset"], start["offset_value"] or 0, slots, x, torch.int64),
+        row_in_counter=start["row_in_counter"],
+    )
+
+
 def _sample_meta(x: torch.Tensor, is_probs: bool, indices: torch.Tensor | None, *args: Any) -> tuple[torch.Tensor, ...]:
     slots = x.shape[0] if indices is None else indices.shape[0]
     logprob = args[9]
@@ -91,18 +100,16 @@ def _sample(
     slots = x.shape[0] if indices is None else indices.shape[0]
     start = _start(x.device, slots, *random)
     if _use_reference(x.device):
-        f32, i64 = torch.float32, torch.int64
+        f32 = torch.float32
         ids, valid, log = reference.sample_rows(
             x,
             is_probs,
             indices=indices,
             temperature=_tensor(temperature, temperature_value, slots, x, f32),
-            top_k=_tensor(top_k, top_k_value, slots, x, i64),
+            top_k=_tensor(top_k, top_k_value, slots, x, torch.int64),
             top_p=_tensor(top_p, top_p_value, slots, x, f32),
             min_p=_tensor(min_p, min_p_value, slots, x, f32),
-            seed=_tensor(start["seed"], start["seed_value"], slots, x, i64),
-            offset=_tensor(start["offset"], start["offset_value"] or 0, slots, x, i64),
-            row_in_counter=start["row_in_counter"],
+            **_reference_start(start, slots, x),
             k_first=k_first,
         )
         return ids, valid, log if logprob else log[:0].clone()
@@ -179,11 +186,7 @@ def _chain(draft: torch.Tensor, draft_ids: torch.Tensor, target: torch.Tensor, *
     batch = target.shape[0]
     start = _start(target.device, batch, *random)
     if _use_reference(target.device):
-        seed = _tensor(start["seed"], start["seed_value"], batch, target, torch.int64)
-        offset = _tensor(start["offset"], start["offset_value"] or 0, batch, target, torch.int64)
-        return reference.chain_speculative(
-            draft, draft_ids, target, seed=seed, offset=offset, row_in_counter=start["row_in_counter"]
-        )
+        return reference.chain_speculative(draft, draft_ids, target, **_reference_start(start, batch, target))
     results = _chain_meta(draft, draft_ids, target)
     launch_chain(draft, draft_ids, target, *results, **start)
     return results

@@ -55,7 +55,7 @@ def per_row(
     if value.dim() > 1:
         raise ShapeError(f"Expected a 1D tensor or scalar for {what}, but got a {value.dim()}D tensor.")
     if value.device != x.device:
-        fail(DeviceError, f"{what} is on another device than the rows", got=f"{value.device} and {x.device}", fix="move it, or pass a number")
+        fail(DeviceError, f"{what} is on another device than the rows", got=f"{value.device}, {x.device}", fix="move it or pass a number")
     if indices is not None and value.shape[0] != slots and value.shape[0] == x.shape[0]:
         value = value[indices.long()]
     if value.shape[0] != slots:
@@ -74,7 +74,8 @@ def random_start(
     if value.dtype not in (torch.int32, torch.int64, torch.uint64):
         fail(DTypeError, f"{call}: {name} must be an integer tensor", got=describe(name, value), expected="int64 [1] or [rows]")
     if value.numel() not in (1, slots) or value.dim() > 1:
-        fail(ShapeError, f"{call}: {name} has {value.numel()} values for {slots} rows", got=describe(name, value), expected="int64 [1] or [rows]")
+        what = f"{call}: {name} has {value.numel()} values for {slots} rows"
+        fail(ShapeError, what, got=describe(name, value), expected="int64 [1] or [rows]")
     if value.device != device:
         fail(DeviceError, f"{call}: {name} is on another device than the rows", got=f"{value.device} and {device}")
     many = value.dim() == 1 and value.shape[0] == slots and slots > 1

@@ -16,17 +16,18 @@ Filters keep whole groups of equal values. top_k: off if < 1 or >= vocab. top_p:
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 import torch
 
 from ..errors import LayoutError, fail
+from . import ops as _ops  # noqa: F401  (registers the torch ops)
 from .params import Param, check_indices, check_rows, per_row, random_start
 from .spelling import short_spelling
 
 ORDERS = ("top_k_first", "joint")
-Seed = Union[int, torch.Tensor, None]
-Ids = Union[torch.Tensor, tuple[torch.Tensor, ...]]
+Seed = int | torch.Tensor | None
+Ids = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 def _draw(
@@ -109,10 +110,9 @@ def sample(
     A token less likely than 2**-31 times the most likely one is never drawn.
     """
     k_first = _is_k_first(filter_apply_order)
-    params: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    return _draw(
-        "sample()", logits, False, indices, generator, check_nan, seed, offset, return_valid, **params, k_first=k_first, return_logprob=return_logprob
-    )
+    filters: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, k_first=k_first)
+    common = (indices, generator, check_nan, seed, offset, return_valid)
+    return _draw("sample()", logits, False, *common, **filters, return_logprob=return_logprob)
 
 
 def sampling_from_logits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import check_tensor
+from . import ops as _ops  # noqa: F401  (registers the torch op)
 from .params import random_start
 
 FP32 = (torch.float32,)

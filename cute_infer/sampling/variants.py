@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,37 +10,35 @@ from .tiles import CHAIN_PATH, FEW_ROWS, ROW_PATH, ChainSpec, ChainTile, RowSpec
 if TYPE_CHECKING:
     from ..jit import Target
 
-DTYPES = ("float32", "bfloat16")
-FILTERS = (("none", "none"), ("row", "none"), ("none", "row"), ("row", "row"))  # (top_k, top_p)
-
 
 def row_specs() -> Iterator[RowSpec]:
-    """Per-row parameters and scalars, as vLLM, SGLang and the quick start call them."""
-    for dtype, mode in itertools.product(DTYPES, ("row", "scalar")):
-        for k, p in FILTERS:
-            k, p = (mode if on != "none" else "none" for on in (k, p))
-            both = k != "none" and p != "none"
-            yield RowSpec("logits", dtype, "ids", top_k=k, top_p=p, k_first=both, seed="scalar", offset="scalar")
-            if mode == "row":
-                fused = dict(temperature="row", top_k=k, top_p=p, k_first=both, seed="row", offset="row")
-                yield RowSpec("logits", dtype, "ids", **fused)
-                yield RowSpec("logits", dtype, "ids", **fused, min_p="row", logprob=True)
-            if dtype == "float32":
-                yield RowSpec("probs", dtype, "ids", top_k=k, top_p=p, k_first=both, seed="scalar", offset="scalar")
-        if dtype == "float32":
-            yield RowSpec("probs", dtype, "ids", min_p=mode, seed="scalar", offset="scalar")
-            yield RowSpec("probs", dtype, "renorm", top_k=mode)
-            yield RowSpec("probs", dtype, "renorm", top_p=mode)
-        yield RowSpec("logits", dtype, "mask", top_k=mode)
-        yield RowSpec("logits", dtype, "softmax", temperature=mode)
-        if mode == "scalar":
-            yield RowSpec("logits", dtype, "softmax")
+    """The calls of vLLM, SGLang and TensorRT-LLM (per-row top-k and top-p), of the quick start (scalars), and the fused call."""
+    for mode in ("row", "scalar"):
+        for k, p in ((mode, "none"), ("none", mode), (mode, mode)):
+            both = k == p
+            yield RowSpec("logits", "float32", "ids", top_k=k, top_p=p, seed="scalar", offset="scalar", k_first=both)
+            yield RowSpec("probs", "float32", "ids", top_k=k, top_p=p, seed="scalar", offset="scalar", k_first=both)
+        yield RowSpec("probs", "float32", "ids", min_p=mode, seed="scalar", offset="scalar")
+        yield RowSpec("probs", "float32", "renorm", top_k=mode)
+        yield RowSpec("probs", "float32", "renorm", top_p=mode)
+        yield RowSpec("logits", "float32", "mask", top_k=mode)
+        yield RowSpec("logits", "float32", "softmax", temperature=mode)
+    yield RowSpec("logits", "float32", "softmax")
+    yield RowSpec("logits", "float32", "ids", seed="scalar", offset="scalar")
+    yield RowSpec("probs", "float32", "ids", seed="scalar", offset="scalar")
+    for dtype in ("float32", "bfloat16"):
+        for k, p in (("none", "none"), ("row", "row")):
+            for seed in ("scalar", "row"):
+                yield RowSpec("logits", dtype, "ids", temperature="row", top_k=k, top_p=p, seed=seed, offset=seed, k_first=k == "row")
+        yield RowSpec(
+            "logits", dtype, "ids", "row", top_k="row", top_p="row", min_p="row", seed="row", offset="row", k_first=True, logprob=True
+        )
 
 
 def variants(target: Target, vocab_size: int = 128256) -> Iterator[tuple[str, Any, Any]]:
     """``(path, spec, tile)`` of every sampling kernel for 16-byte aligned rows of this vocabulary, for few and for many rows."""
     tiles = dict.fromkeys(choose(target.is_hopper, vocab_size, rows) for rows in (1, FEW_ROWS + 1))
-    for spec in dict.fromkeys(row_specs()):
+    for spec in row_specs():
         for tile in tiles:
             yield ROW_PATH, spec, tile
     for mode in ("scalar", "row"):

@@ -117,7 +117,12 @@ def all_cases() -> list[Case]:
         cases += [other(name, paged.PATH, append, paged.choose(append, target, rows_of_16=True), target) for target in both]
     row = sampling.RowSpec("logits", "float32", "ids", temperature="row", top_k="row", top_p="row", min_p="row", seed="row", offset="row")
     renorm = sampling.RowSpec("probs", "float32", "renorm", top_p="scalar")
-    for name, rows, vocab in (("top-k top-p min-p from logits, few rows", row, 128256), ("top-p renorm", renorm, 32000)):
+    first = dataclasses.replace(row, dtype="bfloat16", min_p="none", k_first=True)
+    for name, rows, vocab in (
+        ("top-k top-p min-p from logits, few rows", row, 128256),
+        ("top-k before top-p, bf16", first, 128256),
+        ("top-p renorm", renorm, 32000),
+    ):
         for target in both:
             tile = sampling.choose(target.is_hopper, vocab, 8)
             cases.append(other(name, sampling.ROW_PATH, rows, tile, target))

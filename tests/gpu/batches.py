@@ -38,7 +38,7 @@ def paged_batch(
     seed: int = 0,
     spare_pages: int = 3,
 ) -> PagedBatch:
-    """``form``: "separate" K and V, "combined" 5-D, or "permuted" (a 5-D view whose memory order differs from its shape, as vLLM passes)."""
+    """``form``: "separate" K and V, "combined" 5-D, or "permuted" (5-D, in another order in memory than its shape, as vLLM passes)."""
     gen = torch.Generator("cuda").manual_seed(seed)
     head_dim_vo = head_dim_vo or head_dim
     pages_of = [-(-n // page_size) for n in kv_lens]
@@ -78,7 +78,7 @@ def queries(rows: int, num_heads: int, head_dim: int, dtype: torch.dtype, *, str
 
 
 def assert_close(out: torch.Tensor, ref: torch.Tensor, *, dtype: torch.dtype, what: str = "out") -> None:
-    """Compare with an fp32 oracle computed from the same rounded inputs: NaN and inf must coincide, the rest within a few roundings of dtype.
+    """Compare with an fp32 oracle of the same rounded inputs: NaN and inf must coincide, the rest within a few roundings of dtype.
 
     The kernel rounds p to 16 bits before P V and its output to ``dtype``; each adds at most half an ulp relative to the largest value seen
     in a row, so the bound is 4 ulp of the row's largest magnitude.

@@ -34,7 +34,8 @@ class Case:
     run: tuple = ()
 
     def __str__(self) -> str:
-        return "-".join(str(v).replace("torch.", "") for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default) or "default"
+        changed = [getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return "-".join(str(value).replace("torch.", "") for value in changed) or "default"
 
 
 CASES = [

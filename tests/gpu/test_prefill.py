@@ -33,7 +33,8 @@ class Case:
     plan: tuple = ()
 
     def __str__(self) -> str:
-        return "-".join(str(v).replace("torch.", "") for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default) or "default"
+        changed = [getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return "-".join(str(value).replace("torch.", "") for value in changed) or "default"
 
 
 OPTIONS = [
@@ -167,7 +168,8 @@ def test_scales_sinks_and_extreme_logits(family, monkeypatch):
     case = Case(causal=True)
     batch = paged_batch(KV, case.kv, case.d, case.page, BF16)
     q = queries(sum(QO), case.qo, case.d, BF16) * 30
-    run = dict(k_scale=torch.rand(2, device="cuda") + 0.5, v_scale=torch.rand(2, device="cuda") + 0.5, sinks=torch.randn(8, device="cuda") * 5)
+    k_scale, v_scale = (torch.rand(2, device="cuda") + 0.5 for _ in range(2))
+    run = dict(k_scale=k_scale, v_scale=v_scale, sinks=torch.randn(8, device="cuda") * 5)
     out, lse, _ = paged(case, batch, q, **run)
     ref, ref_lse, _ = paged(case, batch, q, backend="reference", **run)
     assert_close(out, ref, dtype=BF16)

@@ -37,16 +37,18 @@ def fake_args(spec: AttentionSpec, split_kv: bool) -> tuple:
     k_scale, v_scale[num_kv_heads] fp32 or None
     out_partial     [num_splits, total_q, num_qo_heads, head_dim_vo] fp32 (normalised), lse_partial [num_splits, total_q, num_qo_heads]
                     fp32 base 2; None unless split_kv
-    status          [4] int32: [0] is set to 1 when a page id was outside the cache, [1:3] are the words of a work queue (zero between launches)
+    status          [4] int32: [0] is set to 1 when a page id was outside the cache, [1:3] are a work queue (zero between launches)
     sm_scale        natural softmax scale (times float q/k scales)      out_scale   multiplies the output (float v scale)
     soft_cap        logits cap, > 0 when spec.soft_cap                  lse_scale   1 for base 2, ln 2 for natural
     rope_rcp_scale  1 / rope_scale                                      rope_log2_theta   log2(rope_theta)
     window_left     >= 0 when spec.window                               num_splits  KV splits (1 unless split_kv)
     num_ctas        CTAs a persistent grid starts
     """
-    stride = lambda bits: cute.sym_int64(divisibility=128 // bits)  # every row starts on a 16-byte boundary  # noqa: E731
     free = cute.sym_int64
     total_q, qo_heads, kv_heads, pages = (cute.sym_int() for _ in range(4))
+
+    def stride(bits: int):  # every row starts on a 16-byte boundary
+        return cute.sym_int64(divisibility=128 // bits)
 
     def rows(dtype: str, dim: int):
         bits = CUTE_DTYPES[dtype].width
@@ -71,6 +73,7 @@ def fake_args(spec: AttentionSpec, split_kv: bool) -> tuple:
     paged, single = spec.kv_layout == "paged", spec.kv_layout == "single"
     f32 = cutlass.Float32
     splits = cute.sym_int()
+    partial = (splits, total_q, qo_heads)
     return (
         rows(spec.q_dtype, spec.head_dim_qk),
         cache(spec.head_dim_qk),
@@ -86,8 +89,8 @@ def fake_args(spec: AttentionSpec, split_kv: bool) -> tuple:
         vector(f32, spec.sinks, qo_heads),
         scale(spec.k_scale),
         scale(spec.v_scale),
-        make_fake_tensor(f32, (splits, total_q, qo_heads, spec.head_dim_vo), (free(), free(), free(), 1), assumed_align=16) if split_kv else None,
-        make_fake_tensor(f32, (splits, total_q, qo_heads), (free(), free(), 1), assumed_align=4) if split_kv else None,
+        make_fake_tensor(f32, (*partial, spec.head_dim_vo), (free(), free(), free(), 1), assumed_align=16) if split_kv else None,
+        make_fake_tensor(f32, partial, (free(), free(), 1), assumed_align=4) if split_kv else None,
         make_fake_tensor(cutlass.Int32, (4,), (1,), assumed_align=16),
         *(f32(1.0) for _ in range(6)),
         *(cutlass.Int32(1) for _ in range(3)),
