@@ -4,6 +4,7 @@
 #   make test        ruff, mypy and every test that needs no GPU
 #   make gpu-test    on a GPU machine: the GPU tests, recorded in reports/gpu-tests.json
 #   make bench       on a GPU machine: the benchmarks, recorded in benchmarks/results/*.json
+#   make gpu-sanitize  on a GPU machine: every kernel once under compute-sanitizer memcheck (TOOL=racecheck, synccheck)
 #   make gpu-status  does the last GPU report belong to the kernel sources as they are?
 #   make docs        build the documentation into site/
 #   make clean       remove build outputs and caches (.venv stays; its next use installs again)
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: demo test lint gpu-test bench gpu-status docs clean help
+.PHONY: demo test lint gpu-test bench gpu-sanitize gpu-status docs clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -59,6 +60,11 @@ gpu-test:
 
 bench:
 	$(PYTHON) -m benchmarks all $(ARGS)
+
+TOOL ?= memcheck
+gpu-sanitize:
+	$(PYTHON) -m tools.launch_all
+	compute-sanitizer --tool $(TOOL) --error-exitcode 9 $(PYTHON) -m tools.launch_all
 
 gpu-status:
 	@$(PYTHON) -m tools.gpu_status

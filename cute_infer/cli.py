@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import __version__
 from .errors import CuteInferError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="cute-infer", prog_name="cute-infer")
+@click.version_option(__version__, prog_name="cute-infer")
 def cli() -> None:
     """LLM serving kernels written in Python with NVIDIA's CuTe DSL."""
 
@@ -68,14 +69,14 @@ def collect_config() -> dict[str, Any]:
 
     from .config import VARIABLES, get_config
     from .jit import disk_cache, kernel_sources_hash
-    from .jit.toolchain import driver_cuda_major, runtime_library, toolchain, version
+    from .jit.toolchain import driver_cuda_major, runtime_library, toolchain
 
     config, cache, tools = get_config(), disk_cache(), toolchain()
     compiler = f"nvidia-cutlass-dsl {tools['dsl']} ({tools['flavour']})" if tools["dsl"] else None
     devices = [_device(index) for index in range(torch.cuda.device_count())]
     return {
         "versions": {
-            "cute_infer": version("cute-infer") or "not installed (running from source)",
+            "cute_infer": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torch CUDA": torch.version.cuda,

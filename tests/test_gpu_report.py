@@ -91,3 +91,9 @@ def test_commit_comes_from_the_environment_without_git(monkeypatch: pytest.Monke
     monkeypatch.setattr(stamp, "output_of", lambda *command: None)
     monkeypatch.setenv("COMMIT", "feedface")
     assert stamp.commit() == {"commit": "feedface", "dirty": None}
+
+
+def test_the_stamp_is_whole_on_any_machine() -> None:
+    about = json.loads(json.dumps(stamp.stamp()))
+    assert len(about["kernel_sources"]) >= 16 and about["kernel_sources"] == stamp.kernel_sources()
+    assert about["versions"]["torch"] and about["date"]

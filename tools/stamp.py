@@ -41,7 +41,7 @@ def commit() -> dict[str, Any]:
 
 def kernel_sources() -> str:
     """The hash of every file that decides what machine code a kernel becomes."""
-    from cute_infer.jit.key import kernel_sources_hash
+    from cute_infer.jit import kernel_sources_hash
 
     return kernel_sources_hash()
 

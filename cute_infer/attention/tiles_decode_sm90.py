@@ -74,6 +74,8 @@ class DecodeSm90Tile:
     pdl: bool = True
     early_metadata: bool = False
     evict_first: bool = False
+    longest_first: bool = False
+    async_merge: bool = False
     split_kv: bool = False
 
     def num_splits(self, spec: AttentionSpec, hints: Hints) -> int:
@@ -121,7 +123,7 @@ def smem_bytes(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
     if tile.cluster > 1:
         total += 4 * slice_elements(spec, tile) * tile.cluster  # slices pushed by the peers
         total += 8 * rows * tile.cluster  # their maxima and sums
-    return total + 8 * tile.warps * tile.stages  # mbarriers
+    return total + 16 * -(-8 * (tile.warps * tile.stages + 1) // 16)  # mbarriers
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:

@@ -304,7 +304,7 @@ class RowKernel:
             array(Int32, 32),
             array(Int64, 32),
             array(Int32, 4),
-            array(Int64, 2),
+            array(Int64, 3),
             array(Int32, 1),
             array(Int64, 1),
         )
@@ -479,22 +479,22 @@ class RowKernel:
             self.set_limits(smem, k if use_k else Int32(NO_COUNT), p_limit)
             self.tally_coarse(row, smem, last_bin, smallest, use_k, use_p)
             row_sync(self.tile.cluster)
-            found = self.find(smem, Int32(0), True)
+            rounds = Int32(1)
+            if after_k:
+                rounds = Int32(2)
             buffer = Int32(1)
-            if found >= 0:
-                key, buffer = self.refine(row, smem, found, use_p, buffer)
-            if const_expr(self.has_k and self.has_p and self.spec.k_first):
-                if after_k:
-                    reached = Int64(0)
-                    if found >= 0:
-                        reached = smem.answer_mass[0] + smem.answer_mass[1]
-                    else:
-                        reached = self.total_mass(row, smem)  # fewer than k tokens: top-k keeps them all
-                    self.set_limits(smem, Int32(NO_COUNT), self.nucleus(p, reached))
-                    found = self.find(smem, Int32(0), True)
-                    if found >= 0:
-                        key_p, _ = self.refine(row, smem, found, use_p, buffer)
-                        key = key_p if key_p > key else key
+            while rounds > 0:
+                found = self.find(smem, Int32(0), True)
+                if found >= 0:
+                    low, buffer = self.refine(row, smem, found, use_p, buffer)
+                    key = low if low > key else key
+                rounds = rounds - 1
+                if const_expr(self.has_k and self.has_p and self.spec.k_first):
+                    if rounds > 0:
+                        reached = smem.answer_mass[2]  # fewer than k tokens: top-k keeps them all
+                        if found >= 0:
+                            reached = smem.answer_mass[0] + smem.answer_mass[1]
+                        self.set_limits(smem, Int32(NO_COUNT), self.nucleus(p, reached))
         return key
 
     @cute.jit
@@ -579,7 +579,8 @@ class RowKernel:
         """First bin, from the top, at which the running count or the running mass reaches its limit; -1 if none does.
 
         The running sums start at zero (from_top) or at what lies above the bin found last. All threads call this after the barrier that
-        completes the histogram. Also left in shared memory: answer = (bin, count above, count), answer_mass = (mass above, mass).
+        completes the histogram. Also left in shared memory: answer = (bin, count above, count), answer_mass = (mass above, mass,
+        mass of the whole histogram).
         """
         cute.arch.sync_threads()  # everybody has read the previous answer
         at = self.thread()
@@ -632,6 +633,8 @@ class RowKernel:
                 smem.answer_mass[1] = masses[j]
             count += counts[j]
             mass += masses[j]
+        if at.tid == self.tile.threads - 1:
+            smem.answer_mass[2] = mass
         cute.arch.sync_threads()
         return smem.answer[0]
 

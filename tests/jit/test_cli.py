@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner, Result
 
-from cute_infer import cli, jit
+from cute_infer import __version__, cli, jit
 from cute_infer.config import VARIABLES
 from cute_infer.jit import Request
 from cute_infer.jit.cache import OBJECT

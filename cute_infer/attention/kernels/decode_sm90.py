@@ -70,6 +70,7 @@ from ..tiles_decode_sm90 import (
 LOG2_E = math.log2(math.e)
 EVICT_FIRST = 0x12F0000000000000  # createpolicy.fractional.L2::evict_first
 NO_PAGE = -(2**31)
+RANKED = 256  # requests that longest_first orders among themselves
 SWIZZLES = {
     128: warpgroup.SmemLayoutAtomKind.K_SW128,
     64: warpgroup.SmemLayoutAtomKind.K_SW64,
@@ -151,6 +152,7 @@ class DecodeSm90:
         # accumulator rows g and g + 8 of O^T tile j are d = 16 j + d_step g and d_gap further
         self.d_step, self.d_gap = (2, 1) if self.fp8 else (1, 8)
         assert tile.tokens % 16 == 0 and tile.warps % tile.heads_per_item == 0 and self.id_steps > 0, tile
+        assert not tile.early_metadata or (tile.pdl and spec.kv_layout == "paged" and not self.gathers and tile.stages <= self.id_steps), tile
         assert self.gathers or not spec.page_size or tile.tokens % self.box_tokens == 0 == spec.page_size % self.box_tokens, tile
 
     def abi(self) -> tuple:
@@ -268,8 +270,7 @@ class DecodeSm90:
         thread = cute.arch.thread_idx()[0]
         lane = thread % 32
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if const_expr(tile.cluster > 1):
-            cute.arch.cluster_arrive_relaxed()
+        rank, _, _ = cute.arch.block_idx()
         if const_expr(not self.gathers):
             if warp == 0:
                 cpasync.prefetch_descriptor(k_load)
@@ -284,21 +285,27 @@ class DecodeSm90:
         s_o = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), partial)  # over the rings, once they are read
         s_sum = memory.allocate_tensor(Float32, cute.make_layout((2, self.heads, tile.warps)), byte_alignment=16)
         s_row = memory.allocate_tensor(Float32, cute.make_layout((2, self.rows)), byte_alignment=16)
-        full = memory.allocate_array(Int64, tile.warps * tile.stages) + warp * tile.stages
+        barriers = memory.allocate_array(Int64, tile.warps * tile.stages + 1)
+        full, arrived = barriers + warp * tile.stages, barriers + tile.warps * tile.stages
         if lane == 0:
             for slot in cutlass.range_constexpr(tile.stages):
                 cute.arch.mbarrier_init(full + slot, 32 if self.gathers else 1)
+        if const_expr(tile.cluster > 1):
+            if thread == 0:
+                cute.arch.mbarrier_init(arrived, 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()
+        if const_expr(tile.cluster > 1):
+            if thread == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(arrived, self.bytes_from_peers(rank))
+            cute.arch.cluster_arrive_relaxed()
 
         if const_expr(tile.pdl and not tile.early_metadata):
             cute.arch.griddepcontrol_wait()
 
-        rank, _, _ = cute.arch.block_idx()
-        item = self.find_item(num_splits)
-        work = self.find_work(
-            item, k, kv_indptr, kv_last_page_len, window_left, num_splits, rank * self.warps_per_head + warp // tile.heads_per_item, warp
-        )
+        item = self.find_item(num_splits, q, kv_indptr, window_left, lane)
+        position = rank * self.warps_per_head + warp // tile.heads_per_item
+        work = self.find_work(item, k, kv_indptr, kv_last_page_len, window_left, num_splits, position, warp)
         ids = self.load_page_ids(work, kv_indices, Int32(0), lane)
         next_ids = self.load_page_ids(work, kv_indices, Int32(self.id_steps), lane)
 
@@ -309,15 +316,21 @@ class DecodeSm90:
             k_copies = self.partition(k_load, k_coords, s_k, self.k_rows, work)
             v_copies = self.partition(v_load, v_coords, s_v, self.v_rows, work)
             copies = BoxCopies(*k_copies, *v_copies)
-        ids = self.check_page_ids(work, ids, status)
-        if const_expr(tile.pdl and tile.early_metadata):
+        slot, lap = Int32(0), Int32(0)
+        if const_expr(tile.early_metadata):
             cute.arch.griddepcontrol_wait()
-        for slot in cutlass.range_constexpr(tile.stages):
-            if slot < work.count:
-                if const_expr(slot > 0 and slot % self.id_steps == 0):
-                    ids = self.check_page_ids(work, next_ids, status)
-                    next_ids = self.load_page_ids(work, kv_indices, Int32(slot + self.id_steps), lane)
-                self.fill(copies, full, work, ids, Int32(slot), Int32(slot), warp, lane)
+            self.fill_ring(copies, full, work, self.bound_page_ids(work, ids), warp, lane)
+            guess, work = work, self.find_work(item, k, kv_indptr, kv_last_page_len, window_left, num_splits, position, warp)
+            ids_now = self.load_page_ids(guess, kv_indices, Int32(0), lane)
+            next_ids_now = self.load_page_ids(guess, kv_indices, Int32(self.id_steps), lane)
+        else:
+            ids = self.check_page_ids(work, ids, status)
+            for i in cutlass.range_constexpr(tile.stages):
+                if i < work.count:
+                    if const_expr(i > 0 and i % self.id_steps == 0):
+                        ids = self.check_page_ids(work, next_ids, status)
+                        next_ids = self.load_page_ids(work, kv_indices, Int32(i + self.id_steps), lane)
+                    self.fill(copies, full, work, ids, Int32(i), Int32(i), warp, lane)
         if const_expr(tile.pdl):
             cute.arch.griddepcontrol_launch_dependents()
 
@@ -332,7 +345,15 @@ class DecodeSm90:
         top.fill(-Float32.inf)
         total.fill(0.0)
 
-        slot, lap = Int32(0), Int32(0)
+        if const_expr(tile.early_metadata):
+            stale = guess.origin != work.origin or guess.end != work.end or ids != ids_now or next_ids != next_ids_now
+            if cute.arch.vote_ballot_sync(stale) != 0:  # the previous kernel wrote the metadata: drop what was fetched, fetch again
+                self.drain_ring(full, guess)
+                lap = Int32(1)
+                ids = self.load_page_ids(work, kv_indices, Int32(0), lane)
+                next_ids = self.load_page_ids(work, kv_indices, Int32(self.id_steps), lane)
+                self.fill_ring(copies, full, work, self.bound_page_ids(work, ids), warp, lane)
+            ids = self.check_page_ids(work, ids, status)
         for step in cutlass.range(work.count, unroll=1):
             token = (work.first_slot + step * work.stride) * tile.tokens
             cute.arch.mbarrier_wait(full + slot, lap)  # K and V of this slot have landed
@@ -362,15 +383,17 @@ class DecodeSm90:
         cute.arch.sync_threads()
         if const_expr(tile.split_kv):
             out_partial, lse_partial = out_partial[item.split, None, None, None], lse_partial[item.split, None, None]
-            self.merge(memory, s_o, s_sum, s_row, item, out_partial, lse_partial, Float32(1.0), work, thread, rank)
+            self.merge(memory, s_o, s_sum, s_row, arrived, item, out_partial, lse_partial, Float32(1.0), work, thread, rank)
         else:
-            self.merge(memory, s_o, s_sum, s_row, item, out, lse, lse_scale, work, thread, rank)
+            self.merge(memory, s_o, s_sum, s_row, arrived, item, out, lse, lse_scale, work, thread, rank)
 
     # ------------------------------------------------------------------------------------------------------------- what there is to do
     @cute.jit
-    def find_item(self, num_splits: Int32):
+    def find_item(self, num_splits: Int32, q: cute.Tensor, kv_indptr: typing.Optional[cute.Tensor], window_left: Int32, lane: Int32):
         """Decode the block index: head block fastest, so that CTAs that read the same KV start together."""
         _, column, request = cute.arch.block_idx()
+        if const_expr(self.tile.longest_first and kv_indptr is not None):
+            request = self.request_of_rank(request, Int32(q.shape[0]), kv_indptr, window_left, lane)
         head_block, split = Int32(0), Int32(0)
         if const_expr(self.tile.split_kv):
             split = column % num_splits
@@ -379,6 +402,55 @@ class DecodeSm90:
             head_block = column % self.head_blocks
             column = column // self.head_blocks
         return Item(request, column, head_block, split)
+
+    @cute.jit
+    def request_of_rank(self, rank: Int32, batch: Int32, kv_indptr: cute.Tensor, window_left: Int32, lane: Int32):
+        """The request that is ``rank``-th from the longest among its RANKED neighbours, by live lengths; ties go by index.
+
+        CTAs start in the order of their block index, so long requests start first and short ones fill the last wave. The order decides
+        when a request runs, never what it computes. Lengths count in pages and rounded down to 2 bits below the leading one: 7 bits, whose
+        value at the rank is found bit by bit, by counting. Every warp does it for itself.
+        """
+        window = rank // RANKED * RANKED
+        target = rank - window
+        sizes = cute.make_rmem_tensor(RANKED // 32, Int32)
+        for i in cutlass.range_constexpr(RANKED // 32):
+            request = window + 32 * i + lane
+            safe = request if request < batch else batch - 1  # no branch: all loads are in flight together
+            length = (self.look_up(kv_indptr, safe + 1) - self.look_up(kv_indptr, safe)) * max(1, self.spec.page_size)
+            if const_expr(self.spec.window):
+                length = length if length < window_left + 1 else window_left + 1
+            size = (float_bits(Float32(length)) >> 21) - (127 << 2)
+            size = size if size > 0 else Int32(0)
+            sizes[i] = size if request < batch else Int32(-1)
+        size = Int32(0)  # invariant: more than target requests are of this size or above
+        for i in cutlass.range_constexpr(7):
+            larger = size + (64 >> i)
+            size = larger if self.count_from(sizes, larger) > target else size
+        nth = target - self.count_from(sizes, size + 1)
+        chosen = Int32(-1)
+        below = (Uint32(1) << Uint32(lane)) - 1
+        for i in cutlass.range_constexpr(RANKED // 32):
+            same = Uint32(cute.arch.vote_ballot_sync(sizes[i] == size))
+            before = cute.arch.popc(same & below)
+            chosen = window + 32 * i + lane if sizes[i] == size and before == nth else chosen
+            nth = nth - cute.arch.popc(same)
+        return cute.arch.warp_redux_sync(chosen, "max")
+
+    @cute.jit
+    def count_from(self, sizes: cute.Tensor, least: Int32):
+        """How many of the warp's values are at least ``least``."""
+        count = Int32(0)
+        for i in cutlass.range_constexpr(cute.size(sizes)):
+            count = count + (Int32(1) if sizes[i] >= least else Int32(0))
+        return cute.arch.warp_redux_sync(count, "add")
+
+    @cute.jit
+    def look_up(self, metadata: cute.Tensor, index: Int32):
+        """An element of the metadata. Read early it may be read again: past L1, which would keep what the previous kernel has overwritten."""
+        if const_expr(self.tile.early_metadata):
+            return load_fresh((metadata.iterator + index).toint())
+        return metadata[index]
 
     @cute.jit
     def find_work(
@@ -396,9 +468,9 @@ class DecodeSm90:
         spec, tile = self.spec, self.tile
         origin, end = Int32(0), Int32(0)
         if const_expr(spec.kv_layout == "paged"):
-            origin = kv_indptr[item.request]
-            pages = kv_indptr[item.request + 1] - origin
-            last = kv_last_page_len[item.request]
+            origin = self.look_up(kv_indptr, item.request)
+            pages = self.look_up(kv_indptr, item.request + 1) - origin
+            last = self.look_up(kv_last_page_len, item.request)
             end = (pages - 1) * spec.page_size + last if pages > 0 else Int32(0)
         elif const_expr(spec.kv_layout == "ragged"):
             origin = kv_indptr[item.request]
@@ -435,17 +507,22 @@ class DecodeSm90:
             if token < work.end and token + self.tokens_per_id > work.begin:
                 ids = Int32(-1)
                 if entry >= 0 and entry < kv_indices.shape[0]:
-                    ids = kv_indices[entry]
+                    ids = self.look_up(kv_indices, entry)
         return ids
 
     @cute.jit
+    def bound_page_ids(self, work: Work, ids: Int32):
+        """A page id outside the cache becomes the one TMA fills with zeros."""
+        return ids if ids >= 0 and ids < work.num_pages else work.num_pages
+
+    @cute.jit
     def check_page_ids(self, work: Work, ids: Int32, status: cute.Tensor):
-        """A page id outside the cache becomes the one TMA fills with zeros and, unless no page was wanted, raises the status flag."""
+        """:meth:`bound_page_ids`, and unless no page was wanted a bad one raises the status flag."""
         if const_expr(self.spec.kv_layout == "paged"):
-            if ids < 0 or ids >= work.num_pages:
-                if ids != NO_PAGE:
-                    status[0] = 1
-                ids = work.num_pages
+            bounded = self.bound_page_ids(work, ids)
+            if bounded != ids and ids != NO_PAGE:
+                status[0] = 1
+            ids = bounded
         return ids
 
     @cute.jit
@@ -456,6 +533,23 @@ class DecodeSm90:
         boxes = cute.zipped_divide(coords, (self.box_tokens, rows.panel_bytes * 8 // self.kv_dtype.width, rows.panels))
         to, source = cpasync.tma_partition(load, 0, cute.make_layout(1), cute.group_modes(ring, 0, 3), boxes)
         return load, source, to
+
+    @cute.jit
+    def fill_ring(self, copies, full: cute.Pointer, work: Work, ids: Int32, warp: Int32, lane: Int32):
+        """Start the copies of the first steps, all of whose page ids are in ``ids``."""
+        for i in cutlass.range_constexpr(self.tile.stages):
+            if i < work.count:
+                self.fill(copies, full, work, ids, Int32(i), Int32(i), warp, lane)
+
+    @cute.jit
+    def drain_ring(self, full: cute.Pointer, work: Work):
+        """Wait for what :meth:`fill_ring` started and bring every slot's barrier to its second phase."""
+        for i in cutlass.range_constexpr(self.tile.stages):
+            if i < work.count:
+                cute.arch.mbarrier_wait(full + i, 0)
+            else:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(full + i)
 
     @cute.jit
     def fill(self, copies, full: cute.Pointer, work: Work, ids: Int32, step: Int32, slot: Int32, warp: Int32, lane: Int32):
@@ -850,12 +944,28 @@ class DecodeSm90:
         return top, weights, total
 
     @cute.jit
+    def bytes_from_peers(self, rank: Int32):
+        """What CTA ``rank`` receives in the merge: from every CTA of the cluster (itself too) its slice, and a maximum and sum per row."""
+        left = self.rows * self.spec.head_dim_vo - rank * self.slice
+        mine = left if left < self.slice else Int32(self.slice)
+        mine = mine if mine > 0 else Int32(0)
+        return self.tile.cluster * (4 * mine + 8 * self.rows)
+
+    @cute.jit
+    def push(self, address: Uint32, barrier: Uint32, peer: Int32, x: Float32, y: Float32):
+        if const_expr(self.tile.async_merge):
+            push(address, barrier, peer, x, y)
+        else:
+            push_plain(address, peer, x, y)
+
+    @cute.jit
     def merge(
         self,
         memory: SmemAllocator,
         s_o: cute.Tensor,
         s_sum: cute.Tensor,
         s_row: cute.Tensor,
+        arrived: cute.Pointer,
         item: Item,
         out: cute.Tensor,
         lse: typing.Optional[cute.Tensor],
@@ -884,14 +994,17 @@ class DecodeSm90:
                 self.write(item, out, lse, lse_scale, s_row, row, column, top, total, x, y, work)
             else:
                 place = (s_slice.iterator + rank * self.slice + 2 * pair % self.slice).toint()
-                push(Uint32(place), 2 * pair // self.slice, x, y)
+                self.push(Uint32(place), Uint32(arrived.toint()), 2 * pair // self.slice, x, y)
         if const_expr(tile.cluster > 1):
             for i in cutlass.range(thread, self.rows * tile.cluster, threads, unroll=1):
                 row, peer = i % self.rows, i // self.rows
                 top, weights, total = self.combine_warps(s_sum, row)
-                push(Uint32((s_peer.iterator + (rank * self.rows + row) * 2).toint()), peer, top, total)
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()  # all slices have arrived
+                self.push(Uint32((s_peer.iterator + (rank * self.rows + row) * 2).toint()), Uint32(arrived.toint()), peer, top, total)
+            if const_expr(tile.async_merge):
+                cute.arch.mbarrier_wait(arrived, 0)  # everything this CTA was to get; nobody writes to it any more
+            else:
+                cute.arch.cluster_arrive()
+                cute.arch.cluster_wait()
             for i in cutlass.range(thread, self.slice // 2, threads, unroll=1):
                 pair = rank * (self.slice // 2) + i
                 if pair < pairs:
@@ -1014,12 +1127,28 @@ def store_zeros(address: Uint32, offset: cutlass.Constexpr):
 
 
 @cute.jit
-def push(address: Uint32, peer: Int32, x: Float32, y: Float32):
+def push(address: Uint32, barrier: Uint32, peer: Int32, x: Float32, y: Float32):
+    """Two floats to the same shared-memory address of another CTA of the cluster, counted by that CTA's barrier."""
+    cute.arch.inline_ptx(
+        "{ .reg .u32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {{$r3}, {$r4}}, [b]; }",
+        read_only_args=[address, barrier, Uint32(peer), x, y],
+    )
+
+
+@cute.jit
+def push_plain(address: Uint32, peer: Int32, x: Float32, y: Float32):
     """Two floats to the same shared-memory address of another CTA of the cluster."""
     cute.arch.inline_ptx(
         "{ .reg .u32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; st.shared::cluster.v2.f32 [a], {{$r2}, {$r3}}; }",
         read_only_args=[address, Uint32(peer), x, y],
     )
+
+
+@cute.jit
+def load_fresh(address: Int64):
+    """An int32 as it is in L2."""
+    return cute.arch.inline_ptx("ld.relaxed.gpu.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
 
 
 @cute.jit
