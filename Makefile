@@ -64,7 +64,7 @@ bench:
 TOOL ?= memcheck
 gpu-sanitize:
 	$(PYTHON) -m tools.launch_all
-	compute-sanitizer --tool $(TOOL) --error-exitcode 9 $(PYTHON) -m tools.launch_all
+	compute-sanitizer --tool $(TOOL) --report-api-errors no --error-exitcode 9 $(PYTHON) -m tools.launch_all
 
 gpu-status:
 	@$(PYTHON) -m tools.gpu_status

@@ -171,6 +171,7 @@ PREFILL: dict[str, Callable[[PrefillProblem], Call]] = {
 # Each operation: (which tensor it reads, the call on FlashInfer-compatible sampling modules, the same in plain torch or None).
 
 TOP_P, TOP_K, MIN_P = 0.9, 50, 0.1
+RANDOM = {"seed": 1, "offset": 0}  # fixed, so that no candidate pays for drawing a seed inside the captured graph
 
 
 def torch_top_p(probs: torch.Tensor) -> torch.Tensor:
@@ -186,19 +187,27 @@ def torch_top_k(probs: torch.Tensor) -> torch.Tensor:
 
 SAMPLERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], Any], Callable[[torch.Tensor], Any] | None]] = {
     "softmax": ("logits", lambda m, x: m.softmax(x), lambda x: x.softmax(-1)),
-    "sample, from logits": ("logits", lambda m, x: m.sampling_from_logits(x), None),
-    "sample, from probs": ("probs", lambda m, x: m.sampling_from_probs(x), None),
-    "top-p, from logits": ("logits", lambda m, x: m.top_p_sampling_from_logits(x, top_p=TOP_P), lambda x: torch_top_p(x.softmax(-1))),
-    "top-p, from probs": ("probs", lambda m, x: m.top_p_sampling_from_probs(x, TOP_P), torch_top_p),
-    "top-k, from logits": ("logits", lambda m, x: m.top_k_sampling_from_logits(x, top_k=TOP_K), lambda x: torch_top_k(x.softmax(-1))),
-    "top-k, from probs": ("probs", lambda m, x: m.top_k_sampling_from_probs(x, TOP_K), torch_top_k),
-    "top-k then top-p, from logits": ("logits", lambda m, x: m.top_k_top_p_sampling_from_logits(x, TOP_K, TOP_P), None),
+    "sample, from logits": ("logits", lambda m, x: m.sampling_from_logits(x, **RANDOM), None),
+    "sample, from probs": ("probs", lambda m, x: m.sampling_from_probs(x, **RANDOM), None),
+    "top-p, from logits": (
+        "logits",
+        lambda m, x: m.top_p_sampling_from_logits(x, top_p=TOP_P, **RANDOM),
+        lambda x: torch_top_p(x.softmax(-1)),
+    ),
+    "top-p, from probs": ("probs", lambda m, x: m.top_p_sampling_from_probs(x, TOP_P, **RANDOM), torch_top_p),
+    "top-k, from logits": (
+        "logits",
+        lambda m, x: m.top_k_sampling_from_logits(x, top_k=TOP_K, **RANDOM),
+        lambda x: torch_top_k(x.softmax(-1)),
+    ),
+    "top-k, from probs": ("probs", lambda m, x: m.top_k_sampling_from_probs(x, TOP_K, **RANDOM), torch_top_k),
+    "top-k then top-p, from logits": ("logits", lambda m, x: m.top_k_top_p_sampling_from_logits(x, TOP_K, TOP_P, **RANDOM), None),
     "top-k and top-p jointly, from logits": (
         "logits",
-        lambda m, x: m.top_k_top_p_sampling_from_logits(x, TOP_K, TOP_P, filter_apply_order="joint"),
+        lambda m, x: m.top_k_top_p_sampling_from_logits(x, TOP_K, TOP_P, filter_apply_order="joint", **RANDOM),
         None,
     ),
-    "min-p, from probs": ("probs", lambda m, x: m.min_p_sampling_from_probs(x, MIN_P), None),
+    "min-p, from probs": ("probs", lambda m, x: m.min_p_sampling_from_probs(x, MIN_P, **RANDOM), None),
 }
 
 

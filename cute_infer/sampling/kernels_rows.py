@@ -479,22 +479,21 @@ class RowKernel:
             self.set_limits(smem, k if use_k else Int32(NO_COUNT), p_limit)
             self.tally_coarse(row, smem, last_bin, smallest, use_k, use_p)
             row_sync(self.tile.cluster)
-            rounds = Int32(1)
-            if after_k:
-                rounds = Int32(2)
             buffer = Int32(1)
-            while rounds > 0:
+            searching = Boolean(True)
+            while searching:
                 found = self.find(smem, Int32(0), True)
                 if found >= 0:
                     low, buffer = self.refine(row, smem, found, use_p, buffer)
                     key = low if low > key else key
-                rounds = rounds - 1
+                searching = after_k  # once more, for top-p in what top-k has left
                 if const_expr(self.has_k and self.has_p and self.spec.k_first):
-                    if rounds > 0:
+                    if after_k:
                         reached = smem.answer_mass[2]  # fewer than k tokens: top-k keeps them all
                         if found >= 0:
                             reached = smem.answer_mass[0] + smem.answer_mass[1]
                         self.set_limits(smem, Int32(NO_COUNT), self.nucleus(p, reached))
+                        after_k = Boolean(False)
         return key
 
     @cute.jit

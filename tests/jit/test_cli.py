@@ -30,6 +30,11 @@ def test_show_config(cache_dir):
     assert not cache_dir.exists()  # looking creates nothing
 
 
+def test_version():
+    shown = invoke("--version")
+    assert shown.exit_code == 0 and __version__ in shown.output
+
+
 @pytest.mark.parametrize(
     "words", [["compile"], ["nonsense"], ["compile", "--variant", "{"], ["compile", "--variant", '{"path": 1}'], ["cache"]]
 )
