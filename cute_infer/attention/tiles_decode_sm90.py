@@ -58,9 +58,13 @@ class DecodeSm90Tile:
                     are read from DRAM at about the same time.
     ctas_per_sm     what the registers are budgeted for.
     pdl             start while the previous kernel drains; everything it may have written is read after the dependency resolves.
-    early_metadata  with pdl, read page tables and lengths before the dependency resolves: only right when the caller knows that the kernel
-                    just before this one does not write them.
+    early_metadata  with pdl, look up lengths and page ids before the dependency resolves, fetch with them right after it, and read them
+                    once more while the copies fly: had the previous kernel changed them, what came is dropped and fetched anew.
+                    Paged KV by TMA only.
     evict_first     KV copied by TMA leaves L2 first; wrong when another CTA will read the same KV.
+    longest_first   CTAs that start early take the longest requests, so that no long one starts last. Every warp ranks its neighbourhood of
+                    256 requests by live lengths; worth it when the grid runs in several waves.
+    async_merge     the slices of the merge are counted by a barrier of their receiver (st.async) instead of a barrier of the cluster.
     split_kv        several clusters share one item and leave fp32 partials for the merge kernel.
     """
 
@@ -154,28 +158,37 @@ def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
     """The tile for a batch whose lengths are unknown.
 
     The grid has cluster x items CTAs. While the items do not fill the device once, the cluster makes up for it; a device filled several
-    times over balances mixed lengths by itself; in between a cluster of 4 keeps the last wave short.
-    Measured on one H200, 2026-11-22, prototype of this kernel, 32/8 heads, head_dim 128, page 16 (docs/kernels/decode_sm90.md).
+    times over balances mixed lengths by itself; in between a cluster of 4 keeps the last wave short. Times: one H200, 2026-11-22, 32/8
+    heads, head_dim 128, page 16, bf16 unless said (docs/kernels/decode_sm90.md). L x n is n tokens for each of L requests.
     """
     items = max(1, hints.batch_size * hints.num_kv_heads * head_blocks(spec, _tile(spec, 1, 4)))
-    if items <= 2:  # a tensor-parallel shard of one request: one cluster per item cannot draw the bandwidth
+    if items <= 2:  # a tensor-parallel shard of one request. 1 x 131072, 8/1 heads, 16 splits: 22.5 us; clusters of 2, 64 splits: 22.9
         return _tile(spec, 8, 4, split_kv=True)
-    if items <= hints.num_sms // 8:  # bf16 1 x 2048: 5.2 us, 1 x 8192: 11.7 us with 8 kv heads
+    if items <= hints.num_sms // 8:  # 1 x 2048: 5.5 us, 8 warps without pdl 5.6; 1 x 8192: 11.8, 11.5
         return _tile(spec, 8, 4)
-    if items <= hints.num_sms // 4:  # bf16 4 x 2048: 11.0 us (C4), 12.1 (without pdl)
-        return _tile(spec, 4, 4)
+    if items <= hints.num_sms // 4:  # 4 x 2048: 11.0 us, clusters of 4: 12.1. Half the SMs are free for the start of the next launch
+        return _tile(spec, 2, 8, stages=2)
     if items <= hints.num_sms // 2:
         return _tile(spec, 2, 8)
-    if items <= hints.num_sms:  # bf16 16 x 512: 11.1 us, 16 x 2048: 35.5 us
+    if items <= hints.num_sms:  # 16 x 512: 10.0 us, 16 x 2048: 33.4; without evict_first: 10.3, 33.6 or more
         return _tile(spec, 1, 8, evict_first=True)
-    pair = 2 if spec.kv_bits == 8 and hints.num_kv_heads % 2 == 0 else 1  # fp8 rows: 2 to 5 % at 64 x 8192
-    if items < 8 * hints.num_sms:  # 64 requests of 128..32768 tokens in arrival order: 4377 GB/s bf16
+    pair = 2 if spec.kv_bits == 8 and hints.num_kv_heads % 2 == 0 else 1  # fp8 64 mixed lengths, sorted: 4136 GB/s in pairs, 3932 alone
+    if items < 8 * hints.num_sms:  # 64 mixed lengths, arrival order: 4306 GB/s; 64 x 8192, page 64: 4434, clusters of 1: 4466
         return _tile(spec, 4, 4, heads_per_item=pair, evict_first=True)
-    return _tile(spec, 1, 4, heads_per_item=pair, evict_first=True)  # bf16 256 x 8192: 4610 GB/s
+    return _tile(spec, 1, 4, heads_per_item=pair, evict_first=True)  # 256 x 8192: 4523 GB/s
 
 
 def _tile(
-    spec: AttentionSpec, cluster: int, warps: int, heads_per_item: int = 1, evict_first: bool = False, split_kv: bool = False
+    spec: AttentionSpec,
+    cluster: int,
+    warps: int,
+    *,
+    stages: int = 3,
+    heads_per_item: int = 1,
+    early: bool = False,
+    evict_first: bool = False,
+    longest_first: bool = False,
+    split_kv: bool = False,
 ) -> DecodeSm90Tile:
     """The deepest tile that fits: 2 CTAs per SM when asked for up to 4 warps and their rings get 2 slots or more, else 1 CTA per SM."""
     # Two tiles of 8 heads (a group of up to 16) share each K and V fragment; wider heads have no registers for that.
@@ -187,11 +200,13 @@ def _tile(
         tokens=_tokens(spec),
         head_tiles=head_tiles,
         heads_per_item=heads_per_item,
+        early_metadata=early and spec.kv_layout == "paged" and not gathers(spec),
+        longest_first=longest_first and spec.kv_layout != "single",
         split_kv=split_kv,
     )
     tile = dataclasses.replace(tile, evict_first=evict_first and head_blocks(spec, tile) == 1)
-    # (warps, ctas_per_sm, stages): 3 slots of 8 KiB per warp measured best at 4 and at 8 warps. Rows beyond 256 bytes take 16 KiB per slot.
-    shapes = [(4, 2, 3), (4, 2, 2), (4, 1, 3)] if warps <= 4 else [(8, 1, 3), (8, 1, 2), (4, 1, 3)]
+    # (warps, ctas_per_sm, stages). Rows beyond 256 bytes take 16 KiB per slot, so that less fits.
+    shapes = [(4, 2, stages), (4, 2, 2), (4, 1, 3)] if warps <= 4 else [(8, 1, stages), (8, 1, 2), (4, 1, 3)]
     for warps, ctas_per_sm, stages in shapes:
         candidate = dataclasses.replace(tile, warps=warps, ctas_per_sm=ctas_per_sm, stages=stages)
         if smem_bytes(spec, candidate) <= min(SHARED_MEMORY_PER_CTA, SHARED_MEMORY_PER_SM // ctas_per_sm - 1024):

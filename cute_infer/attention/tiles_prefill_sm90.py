@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 from .spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from ..jit import Target
+    from .tiles import Hints
 
 PATH = "cute_infer.attention.kernels.prefill_sm90:PrefillSm90"
 
 REGISTER_FILE = 65536  # 32-bit registers of one SM
 MAX_SHARED_BYTES = 232_448  # 227 KiB, what one CTA may have on sm_90
-BARRIER_BYTES = 1024  # generous room for mbarriers, the work slot and alignment
+BARRIER_BYTES = 2048  # generous room for mbarriers, the work slot, the table of requests and alignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,8 @@ class PrefillSm90Tile:
                          1: Q is single and O is staged in its place, for head dims that leave no room
     num_consumer_groups  warp groups that run wgmma
     producer_regs, consumer_regs   registers per thread after setmaxnreg
+    pack_heads           rows are (query, head of a GQA group) pairs: short queries fill the tile. The group size must divide 64
+    split_kv             the keys of a query block are shared by several CTAs, fp32 partials are merged
     """
 
     tile_q: int
@@ -34,7 +40,8 @@ class PrefillSm90Tile:
     num_consumer_groups: int
     producer_regs: int
     consumer_regs: int
-    split_kv: ClassVar[bool] = False  # one CTA sees all keys of its rows
+    pack_heads: bool = False
+    split_kv: bool = False
 
     def __post_init__(self) -> None:
         assert self.tile_q == 64 * self.num_consumer_groups, self
@@ -48,6 +55,10 @@ class PrefillSm90Tile:
     def num_threads(self) -> int:
         return 128 * (self.num_consumer_groups + 1)
 
+    def num_splits(self, spec: AttentionSpec, hints: Hints) -> int:
+        """KV splits that give every SM a work item; 1 unless ``split_kv``."""
+        return max(1, min(MAX_SPLITS, hints.num_sms // _items(self, spec, hints))) if self.split_kv else 1
+
     def shared_bytes(self, head_dim_qk: int, head_dim_vo: int) -> int:
         """Upper bound of the shared memory of one CTA, 16-bit elements."""
         q = self.num_q_buffers * self.tile_q * head_dim_qk
@@ -58,15 +69,32 @@ class PrefillSm90Tile:
 
 # 24*128 + 2*240*128 = 64,512 of 64,512. Where the producer also walks indptr and page tables it gets more, 40*128 + 2*232*128 = 64,512:
 # with 24 the paged variants spill (24 to 48 bytes of stack), with 40 none does [compiled, 2026-11-22].
-_LEAN, _SCAN = (24, 240), (40, 232)
+# Three consumer groups: 32*128 + 3*160*128 = 65,536 of 65,536.
+_LEAN, _SCAN, _THREE_GROUPS = (24, 240), (40, 232), (32, 160)
 
 # (head_dim_qk, head_dim_vo): tile_kv of a contiguous K/V, tile_kv of paged K/V, stages, Q buffers, consumer groups, reason
 _TABLE = {
-    (64, 64): (128, 128, 2, 2, 2, "64 KiB of K/V rings; exp2 bound at this head dim, so larger tiles buy little"),
+    (64, 64): (128, 128, 3, 2, 3, "three groups: 498 -> 575 TFLOP/s, full 8k [H200, 2026-11-22, two stages]"),
+    (80, 80): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 16 columns"),
+    (96, 96): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 32 columns; a third group would spill"),
+    (112, 112): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 16 columns"),
     (128, 128): (128, 128, 2, 2, 2, "Q 64 + O 32 + K/V 128 = 224 KiB; 128x160 was not faster [H200, 2026-11-22, prototype]"),
     (192, 128): (128, 128, 2, 1, 2, "Q+O 48 + K/V 160 = 208 KiB; an O buffer of its own would leave 112 keys, which no page of 32 divides"),
     (256, 256): (80, 64, 2, 1, 2, "Q+O 64 + K/V 160 = 224 KiB; O takes 128 registers. Paged: 64, the most that pages of 32 or 64 divide"),
 }
+
+
+# Splits cost a merge launch and fp32 partials (4 * splits * rows * (head_dim + 1) bytes), so they stop where a split has little to read.
+MAX_SPLITS = 32
+# Queries per request (on average) up to which packing the heads of a GQA group pays: one row in two of a 128-row tile would be empty at 64.
+PACK_BELOW = 512
+
+
+def _items(tile: PrefillSm90Tile, spec: AttentionSpec, hints: Hints) -> int:
+    """Work items of a batch at least: its query blocks times its heads, without splits."""
+    rows_per_query = spec.group_size if tile.pack_heads else 1
+    blocks = max(hints.batch_size, -(-hints.total_q * rows_per_query // tile.tile_q))
+    return blocks * hints.num_kv_heads * (spec.group_size // rows_per_query)
 
 
 def _tile_kv(spec: AttentionSpec) -> int:
@@ -76,7 +104,7 @@ def _tile_kv(spec: AttentionSpec) -> int:
     return contiguous
 
 
-def why_not(spec: AttentionSpec, target) -> str | None:
+def why_not(spec: AttentionSpec, target: Target) -> str | None:
     """The first reason the Hopper prefill kernel cannot run ``spec``, or None."""
     if not target.is_hopper:
         return f"needs wgmma and TMA (sm_90a), target is {target.arch}"
@@ -103,10 +131,13 @@ def why_not(spec: AttentionSpec, target) -> str | None:
     return None
 
 
-def choose(spec: AttentionSpec, target, hints) -> PrefillSm90Tile:
+def choose(spec: AttentionSpec, target: Target, hints: Hints) -> PrefillSm90Tile:
     """The tile for ``spec``; call only where :func:`why_not` returned None."""
     _, _, num_stages, num_q_buffers, num_groups, _ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
-    producer_regs, consumer_regs = _LEAN if spec.kv_layout == "single" else _SCAN
-    tile = PrefillSm90Tile(64 * num_groups, _tile_kv(spec), num_stages, num_q_buffers, num_groups, producer_regs, consumer_regs)
+    producer_regs, consumer_regs = _THREE_GROUPS if num_groups == 3 else _LEAN if spec.kv_layout == "single" else _SCAN
+    pack = 64 % spec.group_size == 0 and spec.group_size > 1 and hints.total_q <= PACK_BELOW * hints.batch_size
+    tile = PrefillSm90Tile(64 * num_groups, _tile_kv(spec), num_stages, num_q_buffers, num_groups, producer_regs, consumer_regs, pack)
+    if 2 * _items(tile, spec, hints) <= hints.num_sms:
+        tile = dataclasses.replace(tile, split_kv=True)
     assert tile.shared_bytes(spec.head_dim_qk, spec.head_dim_vo) <= MAX_SHARED_BYTES, tile
     return tile

@@ -9,16 +9,10 @@ nvidia-cutlass-dsl-libs-cu12``), not the compiler. A kernel matches only the ver
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import importlib.util
 import json
 import logging
 import os
-import shlex
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,8 +23,9 @@ from . import trust
 from .cache import Entry
 from .inspect import KernelFacts
 from .key import FORMAT, digest
+from .library import link, preload_runtime
 from .sources import kernel_sources_hash
-from .toolchain import runtime_library, toolchain
+from .toolchain import toolchain
 
 log = logging.getLogger("cute_infer.jit")
 
@@ -91,8 +86,7 @@ class Bundle:
             found = hashlib.sha256(content).hexdigest()
             if found != library["sha256"]:
                 fail(CacheError, f"{file} was altered", got=found, expected=library["sha256"], fix="build it again")
-            # The kernels' undefined symbols are found in the global scope only.
-            ctypes.CDLL(str(runtime_library()), mode=ctypes.RTLD_GLOBAL)
+            preload_runtime()
             self._libraries[arch] = tvm_ffi.load_module(str(file))
         return self._libraries[arch]
 
@@ -117,7 +111,7 @@ def write_bundle(directory: Path, entries: Iterable[Entry]) -> dict[str, Any]:
                     objects.append(Path(scratch) / f"{entry.symbol}.o")
                     objects[-1].write_bytes(entry.object)
             linked = Path(scratch) / file
-            _link(linked, objects)
+            link(linked, objects)
             linked.chmod(0o644)
             libraries[arch] = {"file": file, "bytes": linked.stat().st_size, "sha256": hashlib.sha256(linked.read_bytes()).hexdigest()}
             os.replace(linked, directory / file)
@@ -141,26 +135,3 @@ def write_bundle(directory: Path, entries: Iterable[Entry]) -> dict[str, Any]:
     temporary.chmod(0o644)
     os.replace(temporary, directory / MANIFEST)
     return manifest
-
-
-def linker() -> list[str]:
-    """Command that links a shared library: $CC, a system compiler, or the one in the ``ziglang`` package.
-
-    Raises:
-        CacheError: none is installed.
-    """
-    if os.environ.get("CC"):
-        return shlex.split(os.environ["CC"])
-    for name in ("cc", "gcc", "clang"):
-        if found := shutil.which(name):
-            return [found]
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]
-    fail(CacheError, "a bundle needs a linker", expected="cc, gcc or clang on PATH, or $CC", fix="pip install ziglang")
-
-
-def _link(library: Path, objects: list[Path]) -> None:
-    command = [*linker(), "-shared", "-nostdlib", "-Wl,-s", "-o", str(library), *map(str, objects)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        fail(CacheError, f"linking {library.name} failed", got=done.stderr.strip()[-2000:], expected=shlex.join(command[:6]))

@@ -1,7 +1,8 @@
 """Compiled kernels on disk: one directory per object, published in one rename, checked before every load.
 
     <cache_dir>/v1/<key[:2]>/<key>/kernel.o      the object
-                                   entry.json    its SHA-256, symbol, facts, and what was asked and how it was made (key.py)
+                                   kernel.so     the object linked, where a linker was present
+                                   entry.json    their SHA-256, symbol, facts, and what was asked and how it was made (key.py)
     <cache_dir>/v1/locks/<key>.lock              held while one process compiles what all of them want
     <cache_dir>/v1/tmp/<key>.*                   entries being written; left behind only by a killed process, removed by the next
     <cache_dir>/v1/quarantine/<key>.*            entries that failed a check, kept for the curious
@@ -27,8 +28,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from ..errors import CacheError
 from . import trust
 from .inspect import KernelFacts
@@ -36,7 +35,7 @@ from .key import FORMAT, Request, canonical_json, digest
 
 log = logging.getLogger("cute_infer.jit")
 
-OBJECT, SIDECAR = "kernel.o", "entry.json"
+OBJECT, LIBRARY, SIDECAR = "kernel.o", "kernel.so", "entry.json"
 LOCK_TIMEOUT_S = 600  # longest a process waits for another's compile; an abandoned lock is freed by the kernel, a stopped owner is not
 
 
@@ -49,6 +48,7 @@ class Entry:
     facts      what the compiler reported.
     request    inputs of the request key (``key.request_inputs``).
     toolchain  what made it (``toolchain.toolchain``).
+    library    the object as a shared library, which loads without the compiler; None where no linker was.
     """
 
     object: bytes
@@ -56,6 +56,7 @@ class Entry:
     facts: KernelFacts
     request: dict[str, Any]
     toolchain: dict[str, str | None]
+    library: bytes | None = None
 
     @property
     def key(self) -> str:
@@ -67,6 +68,7 @@ class Entry:
         fields = {
             "format": FORMAT,
             "sha256": hashlib.sha256(self.object).hexdigest(),
+            "library_sha256": None if self.library is None else hashlib.sha256(self.library).hexdigest(),
             "symbol": self.symbol,
             "facts": self.facts.to_data(),
             "request": self.request,
@@ -75,21 +77,22 @@ class Entry:
         return json.dumps(fields, indent=1).encode()
 
     @staticmethod
-    def parse(object: bytes, sidecar: bytes) -> Entry:
-        """Check an object against its description.
+    def parse(object: bytes, sidecar: bytes, library: bytes | None = None) -> Entry:
+        """Check an object and its library against their description.
 
         Raises:
-            ValueError: the description is damaged or does not describe this object.
+            ValueError: the description is damaged or does not describe these.
         """
         try:
             fields = json.loads(sidecar)
             if fields["format"] != FORMAT:
                 raise ValueError(f"format {fields['format']}, expected {FORMAT}")
-            found = hashlib.sha256(object).hexdigest()
-            if fields["sha256"] != found:
-                raise ValueError(f"SHA-256 is {found}, recorded was {fields['sha256']}")
+            for content, recorded in ((object, fields["sha256"]), (library, fields.get("library_sha256"))):
+                found = None if content is None else hashlib.sha256(content).hexdigest()
+                if recorded != found:
+                    raise ValueError(f"SHA-256 is {found}, recorded was {recorded}")
             facts = KernelFacts.from_data(fields["facts"])
-            return Entry(object, fields["symbol"], facts, fields["request"], fields["toolchain"])
+            return Entry(object, fields["symbol"], facts, fields["request"], fields["toolchain"], library)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{SIDECAR} is incomplete ({error!r})") from error
 
@@ -116,7 +119,7 @@ class DiskCache:
         try:
             self._check_roots()
             trust.check_directory(directory.parent)
-            entry = Entry.parse(*trust.read_files(directory, (OBJECT, SIDECAR)))
+            entry = _read(directory)
             if entry.key != key:
                 raise ValueError(f"describes {entry.key}")
             return entry
@@ -141,6 +144,8 @@ class DiskCache:
                 shutil.rmtree(stale, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self.root / "tmp"))
             _write(temporary / OBJECT, entry.object)
+            if entry.library is not None:
+                _write(temporary / LIBRARY, entry.library)
             _write(temporary / SIDECAR, entry.sidecar())
             _sync(temporary)
             final = self.directory(key)
@@ -168,6 +173,8 @@ class DiskCache:
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold the key's lock between processes. Where locking is impossible (read-only, no flock), proceed: the work is only repeated."""
+        import filelock  # here, because a process that only loads kernels never needs it
+
         held = None
         try:
             self._make_roots()
@@ -200,7 +207,7 @@ class DiskCache:
         result: dict[str, str | None] = {}
         for key in self.keys():
             try:
-                found = Entry.parse(*trust.read_files(self.directory(key), (OBJECT, SIDECAR))).key
+                found = _read(self.directory(key)).key
                 result[key] = None if found == key else f"describes {found}"
             except (OSError, ValueError, CacheError) as error:
                 result[key] = str(error)
@@ -243,6 +250,12 @@ class DiskCache:
         if not self._warned:
             self._warned = True
             log.warning("%s", text)
+
+
+def _read(directory: Path) -> Entry:
+    object, sidecar = trust.read_files(directory, (OBJECT, SIDECAR))
+    library = trust.read_files(directory, (LIBRARY,))[0] if os.path.lexists(directory / LIBRARY) else None
+    return Entry.parse(object, sidecar, library)
 
 
 def _write(path: Path, content: bytes) -> None:

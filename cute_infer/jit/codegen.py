@@ -1,4 +1,4 @@
-"""One compilation: kernel class, spec and tile in; object file and facts out. The only caller of ``cute.compile``.
+"""One compilation: kernel class, spec and tile in; object file, shared library and facts out. The only caller of ``cute.compile``.
 
 The object has two halves. The device half is machine code for one architecture. The host half checks the arguments and launches; the
 compiler would tune it for the CPU it happens to run on (AVX-512 here, an illegal instruction there), so every host function is marked
@@ -25,6 +25,7 @@ from ..errors import CompileError, fail
 from .cache import Entry
 from .inspect import kernel_facts
 from .key import Request, digest
+from .library import load_library, try_link
 from .progress import compiling
 
 # The psABI's x86-64 baseline, in LLVM's words. Both attributes are needed: the features a function does not list come from the module.
@@ -69,7 +70,8 @@ def build(request: Request, inputs: dict[str, Any], toolchain: dict[str, str | N
                 llvm_ir=(scratch / f"{symbol}.ll").read_text(errors="replace"),
                 flavour=toolchain["flavour"] or "unknown",
             )
-            return Entry((scratch / f"{symbol}.o").read_bytes(), symbol, facts, inputs, toolchain)
+            content = (scratch / f"{symbol}.o").read_bytes()
+            return Entry(content, symbol, facts, inputs, toolchain, try_link(content))
     except CompileError:
         raise
     except Exception as error:
@@ -83,10 +85,12 @@ def build(request: Request, inputs: dict[str, Any], toolchain: dict[str, str | N
 
 
 def load(entry: Entry) -> Any:
-    """The object's raw TVM-FFI function (positional arguments only), linked into this process from memory.
+    """The entry's raw TVM-FFI function (positional arguments only), loaded from memory.
 
-    The bytes go through an anonymous file: what runs is what was checked, and a full or read-only disk does not matter.
+    An entry made where no linker was is linked into this process by the compiler, whose import takes seconds.
     """
+    if entry.library is not None:
+        return load_library(entry.library, entry.symbol)[entry.symbol]
     from cutlass.cute.runtime import load_module
 
     descriptor = os.memfd_create(entry.symbol, os.MFD_CLOEXEC)

@@ -137,6 +137,7 @@ _bundle = functools.lru_cache(maxsize=8)(Bundle)
 
 def _load(request: Request, target: Target) -> CompiledKernel:
     slot = (request.path, request.spec, request.tile, target)
+    started = time.perf_counter()
     with _state.lock:
         kernel = _state.memory.get(slot)  # another thread may have been faster
         if kernel is None:
@@ -151,6 +152,8 @@ def _load(request: Request, target: Target) -> CompiledKernel:
                     fix="choose a smaller tile",
                 )
             _state.memory[slot] = kernel
+            elapsed = (time.perf_counter() - started) * 1e3
+            log.debug("loaded %s for %s: origin %s, %.1f ms: %s", request.name, request.arch, kernel.origin, elapsed, request.spec)
         return kernel
 
 
@@ -187,7 +190,6 @@ def _find_or_build(request: Request, inputs: dict[str, Any]) -> tuple[Entry, str
             if entry is None:
                 return _build(request, inputs, cache), "compiled"
     _state.stats.disk_hits += 1
-    log.debug("loaded %s for %s from %s", request.name, request.arch, cache.directory(key))
     return entry, "disk"
 
 

@@ -479,21 +479,22 @@ class RowKernel:
             self.set_limits(smem, k if use_k else Int32(NO_COUNT), p_limit)
             self.tally_coarse(row, smem, last_bin, smallest, use_k, use_p)
             row_sync(self.tile.cluster)
+            rounds = Int32(1)  # two when top-p looks again in what top-k has left
+            if after_k:
+                rounds = Int32(2)
             buffer = Int32(1)
-            searching = Boolean(True)
-            while searching:
+            while rounds > 0:
                 found = self.find(smem, Int32(0), True)
                 if found >= 0:
                     low, buffer = self.refine(row, smem, found, use_p, buffer)
                     key = low if low > key else key
-                searching = after_k  # once more, for top-p in what top-k has left
+                rounds = rounds - 1
                 if const_expr(self.has_k and self.has_p and self.spec.k_first):
-                    if after_k:
+                    if rounds > 0:
                         reached = smem.answer_mass[2]  # fewer than k tokens: top-k keeps them all
                         if found >= 0:
                             reached = smem.answer_mass[0] + smem.answer_mass[1]
                         self.set_limits(smem, Int32(NO_COUNT), self.nucleus(p, reached))
-                        after_k = Boolean(False)
         return key
 
     @cute.jit
@@ -590,16 +591,19 @@ class RowKernel:
             mass = smem.answer_mass[0]
         counts = cute.make_rmem_tensor(per, Int32)
         masses = cute.make_rmem_tensor(per, Int64)
+        first = buffer * BINS + at.tid * per
         for j in cutlass.range_constexpr(per):
             counts[j] = Int32(0)
             masses[j] = Int64(0)
-        for step in cutlass.range(cluster, unroll=2):
+        for step in cutlass.range(cluster, unroll=4):
             peer = (at.rank + step) % cluster  # every CTA starts with another peer
             for j in cutlass.range_constexpr(per):
-                i = buffer * BINS + at.tid * per + j
-                counts[j] = counts[j] + Int32(peer_load(smem.count, i, peer, cluster))
-                if const_expr(self.has_p):
-                    masses[j] = masses[j] + peer_load_i64(smem.mass_low, smem.mass_high, i, peer, cluster)
+                counts[j] = counts[j] + Int32(peer_load(smem.count, first + j, peer, cluster))
+        if const_expr(self.has_p):
+            for step in cutlass.range(cluster, unroll=2):
+                peer = (at.rank + step) % cluster
+                for j in cutlass.range_constexpr(per):
+                    masses[j] = masses[j] + peer_load_i64(smem.mass_low, smem.mass_high, first + j, peer, cluster)
         my_count, my_mass = Int32(0), Int64(0)
         for j in cutlass.range_constexpr(per):
             my_count += counts[j]

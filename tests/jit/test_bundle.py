@@ -9,7 +9,7 @@ import pytest
 
 from cute_infer import jit
 from cute_infer.errors import CacheError, UntrustedCacheError
-from cute_infer.jit import Request, Target, key
+from cute_infer.jit import Request, Target, key, library
 from cute_infer.jit import bundle as bundles
 from tests.jit.tiny_spec import PATH, TinySpec, TinyTile
 
@@ -63,8 +63,8 @@ def test_first_bundle_that_has_it(bundle, tmp_path, setenv):
 
 
 def test_altered_library(bundle, setenv):
-    library = bundle / "cute_infer_sm_90a.so"
-    library.write_bytes(library.read_bytes()[:-1] + b"\x01")
+    file = bundle / "cute_infer_sm_90a.so"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     setenv("CUTE_INFER_BUNDLE", str(bundle))
     with pytest.raises(CacheError, match="was altered"):
         load(label="a")
@@ -119,9 +119,7 @@ def test_the_linkers_own_words(tmp_path, monkeypatch):
     assert not (tmp_path / bundles.MANIFEST).exists()
 
 
-def test_no_linker(monkeypatch):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(bundles.shutil, "which", lambda name: None)
-    monkeypatch.setattr(bundles.importlib.util, "find_spec", lambda name: None)
+def test_no_linker(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "find_linker", lambda: None)
     with pytest.raises(CacheError, match="needs a linker"):
-        bundles.linker()
+        bundles.write_bundle(tmp_path, [jit.get_entry(REQUESTS[0])])

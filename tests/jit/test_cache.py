@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -13,14 +14,14 @@ import pytest
 
 from cute_infer.errors import UntrustedCacheError
 from cute_infer.jit import KernelFacts, cache
-from cute_infer.jit.cache import OBJECT, SIDECAR, DiskCache, Entry
+from cute_infer.jit.cache import LIBRARY, OBJECT, SIDECAR, DiskCache, Entry
 
 FACTS = KernelFacts("sm_90a", "cu12", 32, 0, 0, 1024, {"mma.sync": 4}, ("C7514",))
 
 
 def entry(label: str = "a", content: bytes = b"\x7fELF object") -> Entry:
     request = {"path": "m:C", "spec": {"class": "m:S", "fields": {"label": label}}, "tile": None, "arch": "sm_90a", "sources": "0"}
-    return Entry(content, "symbol", FACTS, request, {"dsl": "4.8.1", "flavour": "cu12"})
+    return Entry(content, "symbol", FACTS, request, {"dsl": "4.8.1", "flavour": "cu12"}, b"\x7fELF library")
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_missing(disk):
 def test_private(disk, saved):
     for path in (disk.root.parent, disk.root, disk.directory(saved.key), disk.root / "tmp", disk.root / "locks"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
-    for name in (OBJECT, SIDECAR):
+    for name in (OBJECT, LIBRARY, SIDECAR):
         assert stat.S_IMODE((disk.directory(saved.key) / name).stat().st_mode) == 0o600
 
 
@@ -58,13 +59,19 @@ def test_private(disk, saved):
         (OBJECT, lambda text: text[:-3]),
         (OBJECT, lambda text: b""),
         (OBJECT, lambda text: text.replace(b"object", b"0bject")),
+        (LIBRARY, lambda text: text[:-3]),
+        (LIBRARY, lambda text: text.replace(b"library", b"1ibrary")),
+        (SIDECAR, lambda text: text.replace(b'"library_sha256"', b'"other"')),
         (SIDECAR, lambda text: text[:40]),
         (SIDECAR, lambda text: b"[]"),
         (SIDECAR, lambda text: b"{}"),
         (SIDECAR, lambda text: text.replace(b'"sm_90a"', b'"sm_80"')),
         (SIDECAR, lambda text: text.replace(b'"format": 1', b'"format": 99')),
     ],
-    ids=["truncated", "empty", "altered", "sidecar truncated", "not an object", "sidecar empty", "other request", "other format"],
+    ids=[
+        *("truncated", "empty", "altered", "library truncated", "library altered", "library unrecorded"),
+        *("sidecar truncated", "not an object", "sidecar empty", "other request", "other format"),
+    ],
 )
 def test_damage_is_quarantined(disk, saved, caplog, name, damage):
     path = disk.directory(saved.key) / name
@@ -77,10 +84,20 @@ def test_damage_is_quarantined(disk, saved, caplog, name, damage):
     assert disk.publish(saved) and disk.load(saved.key) == saved
 
 
-@pytest.mark.parametrize("name", [OBJECT, SIDECAR])
+@pytest.mark.parametrize("name", [OBJECT, LIBRARY, SIDECAR])
 def test_half_an_entry_is_quarantined(disk, saved, name):
     (disk.directory(saved.key) / name).unlink()
     assert disk.load(saved.key) is None and disk.publish(saved) and disk.load(saved.key) == saved
+
+
+def test_an_entry_without_library(disk):
+    one = dataclasses.replace(entry(), library=None)
+    assert disk.publish(one) and disk.load(one.key) == one and disk.verify() == {one.key: None}
+    sidecar = disk.directory(one.key) / SIDECAR
+    fields = json.loads(sidecar.read_text())
+    del fields["library_sha256"]  # as written before there were libraries
+    sidecar.write_text(json.dumps(fields))
+    assert disk.load(one.key) == one
 
 
 def test_an_entry_under_another_name_is_refused(disk, saved):
@@ -90,7 +107,7 @@ def test_an_entry_under_another_name_is_refused(disk, saved):
     assert disk.load("ab" * 32) is None
 
 
-@pytest.mark.parametrize("part", ["", "v1", "directory", OBJECT, SIDECAR])
+@pytest.mark.parametrize("part", ["", "v1", "directory", OBJECT, LIBRARY, SIDECAR])
 @pytest.mark.parametrize("mode", [stat.S_IWGRP, stat.S_IWOTH], ids=["group", "others"])
 def test_writable_by_others_is_refused(disk, saved, part, mode):
     directory = disk.directory(saved.key)
@@ -102,7 +119,7 @@ def test_writable_by_others_is_refused(disk, saved, part, mode):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("part", ["", "directory", OBJECT])
+@pytest.mark.parametrize("part", ["", "directory", OBJECT, LIBRARY])
 def test_another_owner_is_refused(disk, saved, part):
     directory = disk.directory(saved.key)
     path = {"": disk.root.parent, "directory": directory}.get(part, directory / part)
@@ -121,7 +138,7 @@ def test_another_user_refuses_ours(disk, saved, monkeypatch):
             disk.load(saved.key)
 
 
-@pytest.mark.parametrize("part", ["directory", OBJECT])
+@pytest.mark.parametrize("part", ["directory", OBJECT, LIBRARY])
 def test_symbolic_links_are_refused(disk, saved, tmp_path, part):
     directory = disk.directory(saved.key)
     path = directory if part == "directory" else directory / part

@@ -107,22 +107,25 @@ def test_objects_are_reproducible(run):
     assert run(code) == first
 
 
-def test_damaged_object_is_rebuilt(caplog):
+@pytest.mark.parametrize("name", [cache.OBJECT, cache.LIBRARY])
+def test_damaged_object_is_rebuilt(caplog, name):
     tiny()
     (key,) = jit.disk_cache().keys()
-    path = jit.disk_cache().directory(key) / cache.OBJECT
+    path = jit.disk_cache().directory(key) / name
     path.write_bytes(path.read_bytes()[:100])
     jit.forget()
     with caplog.at_level(logging.WARNING, "cute_infer.jit"):
         kernel = tiny()
     assert kernel.origin == "compiled" and "damaged" in caplog.text
+    assert [path.name.partition(".")[0] for path in (jit.disk_cache().root / "quarantine").iterdir()] == [key]
     assert_is_the_tiny_kernel(kernel)
 
 
-def test_object_that_does_not_load_is_rebuilt(caplog):
+@pytest.mark.parametrize("library", [None, b"not a library"])
+def test_object_that_does_not_load_is_rebuilt(caplog, library):
     real = jit.get_entry(Request(PATH, TinySpec(), TinyTile(), "sm_90a"))
     jit.disk_cache().clear()
-    jit.disk_cache().publish(cache.Entry(b"not an object", real.symbol, real.facts, real.request, real.toolchain))
+    jit.disk_cache().publish(cache.Entry(b"not an object", real.symbol, real.facts, real.request, real.toolchain, library))
     jit.forget()
     assert_is_the_tiny_kernel(tiny())
     assert "does not load" in caplog.text and jit.cache_stats().compiled == 1

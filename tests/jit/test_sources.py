@@ -55,6 +55,44 @@ def test_what_a_kernel_imports(app):
     assert names(app, "app.kernels.one") == [f"app/{name}" for name in expected]
 
 
+@pytest.mark.parametrize(
+    "text, imported",
+    [
+        ("import app.spec as s, math", "spec"),
+        ("from app import (  # all of it\n    spec,\n)", "spec"),
+        ("from .. import \\\n    spec", "spec"),
+        ("from \\\n    .. import spec", "spec"),
+        ("x = 1; from ..spec import Spec", "spec"),
+        ("if True: from ..spec import Spec", "spec"),
+        ("try:\n    from ..spec import (\n  Spec as S,  # a ) in a comment\n  T)\nexcept ImportError: pass", "spec"),
+        ("class A:\n\tdef f(self):\n\t\timport app.spec\n", "spec"),
+        ('"""\nimport of nothing\n"""\nfrom ..spec import Spec', "spec"),
+        ("from __future__ import annotations\r\nfrom ..spec import (\r\n    Spec,\r\n)\r\n", "spec"),
+        ("if not TYPE_CHECKING:\n    from ..spec import Spec", "spec"),
+        ("if TYPE_CHECKING:\n    import typing\nelse:\n    from ..spec import Spec", "spec"),
+        ("def f():\n    if typing.TYPE_CHECKING:\n        from ..spec import Spec", None),
+        ("if typing.TYPE_CHECKING:  # only then\n\n    from ..spec import Spec\n\nx = 1", None),
+        ("# from ..spec import Spec\nimportant = 'import app.spec'", None),
+    ],
+)
+def test_ways_to_import(app, text, imported):
+    (app / "app/kernels/two.py").write_bytes(text.encode())
+    assert names(app, "app.kernels.two") == ["app/kernels/two.py", *([f"app/{imported}.py"] if imported else [])]
+
+
+def test_finding_agrees_with_parsing(monkeypatch):
+    """For every file of this package."""
+    files = sorted(sources.PACKAGE.rglob("*.py"))
+    found = [sources._import_statements.__wrapped__(file.read_bytes()) for file in files]
+
+    def doubt(text):
+        raise SyntaxError
+
+    monkeypatch.setattr(sources, "_import_texts", doubt)
+    parsed = [sources._import_statements.__wrapped__(file.read_bytes()) for file in files]
+    assert [set(each) for each in found] == [set(each) for each in parsed]
+
+
 def test_a_name_from_a_package(app):
     assert names(app, "app.kernels.two") == ["app/kernels/__init__.py", "app/kernels/two.py"]
 

@@ -18,7 +18,13 @@ Barriers
                         its phase is the lap of the ring
     cluster arrive 1    on entry: "my shared memory exists"; waited for just before the first remote store
     CTA barrier         every warp's partial result lies in shared memory
-    cluster barrier 2   every slice has been pushed to its owner
+    cluster barrier 2   every slice has been pushed to its owner; with ``async_merge`` instead
+    arrived             mbarrier: the bytes of all slices and row statistics that this CTA receives from its cluster
+
+Order and overlap (tile flags)
+    ``longest_first``   the request axis of the grid is a rank by live length, so no long request starts last
+    ``early_metadata``  lengths and page ids are looked up before the programmatic dependency resolves, copies start with them right after,
+                        and the same words are read again while the copies fly; had they changed, what came is dropped and fetched anew
 
 Maths of one slot, transposed so that the few query heads are the 8-wide side of mma.m16n8k16 and 16 tokens fill its rows:
     S^T = K Q^T   ->   P^T = exp2(S^T * scale - max + headroom)   ->   O^T += V^T P^T
@@ -152,7 +158,8 @@ class DecodeSm90:
         # accumulator rows g and g + 8 of O^T tile j are d = 16 j + d_step g and d_gap further
         self.d_step, self.d_gap = (2, 1) if self.fp8 else (1, 8)
         assert tile.tokens % 16 == 0 and tile.warps % tile.heads_per_item == 0 and self.id_steps > 0, tile
-        assert not tile.early_metadata or (tile.pdl and spec.kv_layout == "paged" and not self.gathers and tile.stages <= self.id_steps), tile
+        if tile.early_metadata:
+            assert tile.pdl and spec.kv_layout == "paged" and not self.gathers and tile.stages <= self.id_steps, tile
         assert self.gathers or not spec.page_size or tile.tokens % self.box_tokens == 0 == spec.page_size % self.box_tokens, tile
 
     def abi(self) -> tuple:
@@ -447,7 +454,7 @@ class DecodeSm90:
 
     @cute.jit
     def look_up(self, metadata: cute.Tensor, index: Int32):
-        """An element of the metadata. Read early it may be read again: past L1, which would keep what the previous kernel has overwritten."""
+        """An element of the metadata. With early_metadata past L1, which would keep what the previous kernel has overwritten since."""
         if const_expr(self.tile.early_metadata):
             return load_fresh((metadata.iterator + index).toint())
         return metadata[index]
@@ -953,6 +960,7 @@ class DecodeSm90:
 
     @cute.jit
     def push(self, address: Uint32, barrier: Uint32, peer: Int32, x: Float32, y: Float32):
+        """Two floats to the same shared-memory address of another CTA of the cluster."""
         if const_expr(self.tile.async_merge):
             push(address, barrier, peer, x, y)
         else:

@@ -2,8 +2,9 @@
 
     out[i, h] = out_scale * v_scale * sum_j softmax_j(logit[i, j]) v[j]     logit = (q . k) * sm_scale * k_scale, soft-capped, masked
 
-A CTA owns one work item at a time: (request, tile_q query rows, query head) against all keys those rows may see. CTAs live as long as the
-launch and draw items from a queue in device memory, longest first (prefill_sm90_queue.py); lengths are read on the device.
+A CTA owns one work item at a time: (request, tile_q rows, head) against all keys those rows may see, or one split of them. CTAs live as
+long as the launch and draw items from a queue in device memory, longest first (prefill_sm90_queue.py); lengths are read on the device.
+Rows are the queries of one query head or, where heads are packed (short queries), the (query, head) pairs of one KV head.
 
 Warp roles (128 * (1 + num_consumer_groups) threads)
     warp group 0, warp 0   load: draws tickets, turns them into work items, issues every TMA load; the other three warps exit
@@ -18,13 +19,14 @@ Pipelines (mbarriers)
     k_full       load        all groups    tile_kv * head_dim_qk*2  K and V arrive separately: S starts one copy earlier
     k_empty      all groups  load          -                        S is complete in registers
     v_full, v_empty          the same for V; v_empty after O += P V
-    work_full    load        all groups    - (5 words)              the next work item, zero rows = end of the queue
+    work_full    load        all groups    - (6 words)              the next work item, zero rows = end of the queue
     work_empty   all groups  load          -                        the words have been read
 
 Named barriers: 1 + g, 128 threads: group g agrees on its O buffer, and on a V tail it has zeroed. Nothing spans two groups after the start.
 
 Order inside a group: Q K^T of tile n is issued before P V of tile n - 1, so the tensor cores work while the softmax of tile n runs;
-keys go right to left; the tiles a mask cuts (end of keys, diagonal, window) have their own loops, and only they pay for masking.
+keys go right to left; the tiles a mask cuts (end of keys, diagonal, window) have their own loops, and only they pay for masking. A group
+releases tiles none of its rows see without computing them; so does a group without rows.
 
 Shared memory (d = 128): Q 2*32 KiB, O 32 KiB, K and V 2 stages * 32 KiB each = 224 of 227 KiB.
 Compute bound: 4 * head_dim FLOP per (query, visible key); exp2 runs at 16 per clock and SM, half the time of the wgmmas at d = 128.
@@ -47,14 +49,16 @@ from cutlass.memory import SmemAllocator
 from cutlass.utils import LayoutEnum
 
 from ..device.args import CUTE_DTYPES, fake_args
+from ..device.output import store_columns, store_lse
 from .prefill_sm90_layout import GROUP_ROWS, PrefillLayout
-from .prefill_sm90_queue import Lengths, PrefillQueue
+from .prefill_sm90_queue import COLUMNS, WARP, Lengths, PrefillQueue
 from .prefill_sm90_softmax import (
     as_a_operand,
     cap_scores,
     convert_pairs,
     mask_scores,
     online_softmax,
+    rows_cols,
     scale_rows,
 )
 
@@ -78,6 +82,7 @@ class Scales(NamedTuple):
     soft_cap: object
     lse_scale: object
     window_left: object
+    num_splits: object
 
 
 class Memory(NamedTuple):
@@ -89,6 +94,8 @@ class Memory(NamedTuple):
     sinks: object
     k_scale: object
     v_scale: object
+    out_partial: object
+    lse_partial: object
     status: object
 
 
@@ -102,6 +109,30 @@ class Events(NamedTuple):
     work_full: object
     work_empty: object
     work: object  # the words of the next work item
+    table: object  # the queue's notes on the requests it is handing out
+
+
+class Place(NamedTuple):
+    """Where one consumer group's 64 rows of a work item belong."""
+
+    q_row: object  # row of q and out of the first
+    num_rows: object  # rows that belong to the request; may be negative or exceed 64
+    head: object
+    split: object
+
+
+class Rows(NamedTuple):
+    """What all key tiles of one work item share, for one thread of a consumer group."""
+
+    q_at: object  # buffer of Q
+    pos: object  # position among the keys of the query of the thread's first row
+    column: object  # the thread's first column of a key tile
+    kv_len: object
+    window_left: object
+    scale_log2: object  # scores to base-2 logits
+    pre_scale: object  # factor inside the tanh of a soft cap
+    group: object
+    thread: object  # of the group
 
 
 class Math(NamedTuple):
@@ -132,6 +163,13 @@ class PrefillSm90:
         self.stages = tile.num_stages
         self.q_buffers = tile.num_q_buffers
         self.o_in_q = tile.num_q_buffers == 1  # O staged in Q's place
+        self.pack = spec.group_size if tile.pack_heads else 1  # rows per query
+        self.heads_per_kv = spec.group_size // self.pack  # heads, as work items count them, per KV head
+        self.group_queries = GROUP_ROWS // self.pack  # queries of one consumer group
+        # Half a key tile, for a last tile whose other half lies right of the diagonal; both halves are whole wgmma and P V steps.
+        # Three groups lack the registers for a second set of scores (192 bytes of spills at head_dim 64).
+        self.halves = spec.causal and tile.tile_kv % 32 == 0 and self.groups == 2
+        self.half = tile.tile_kv // 2 if self.halves else tile.tile_kv
         self.single = spec.kv_layout == "single"
         self.paged = spec.kv_layout == "paged"
         self.layout = PrefillLayout(spec, tile, self.dtype)
@@ -139,7 +177,7 @@ class PrefillSm90:
 
     def abi(self) -> tuple:
         """Fake arguments of ``__call__``."""
-        return fake_args(self.spec, split_kv=False)
+        return fake_args(self.spec, split_kv=self.tile.split_kv)
 
     # ================================================================================================ host
 
@@ -176,8 +214,8 @@ class PrefillSm90:
     ):
         """Layouts, descriptors, launch. Argument meanings: device/args.py."""
         tile, dtype = self.tile, self.dtype
-        qk = lambda: sm90.make_trivial_tiled_mma(  # noqa: E731
-            dtype, dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (GROUP_ROWS, tile.tile_kv)
+        qk = lambda keys: sm90.make_trivial_tiled_mma(  # noqa: E731
+            dtype, dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (GROUP_ROWS, keys)
         )
         pv = sm90.make_trivial_tiled_mma(
             dtype,
@@ -196,13 +234,16 @@ class PrefillSm90:
         v_tma, v_coords = self.layout.kv_tma(load, v)
         o_tma, o_coords = self.layout.row_tma(store, out)
         batch = 1 if const_expr(self.single) else qo_indptr.shape[0] - 1
+        heads = q.shape[1] // self.pack
         # rows of a request fill all its query blocks but one
-        most_items = (q.shape[0] // tile.tile_q + batch) * q.shape[1]
+        most_items = (q.shape[0] * self.pack // tile.tile_q + batch) * heads * num_splits
         grid = cutlass.max(1, cutlass.min(most_items, num_ctas))
         total_kv = k.shape[1] if const_expr(self.single) else 0
         self.kernel(
-            qk(),
-            qk(),
+            qk(tile.tile_kv),
+            qk(tile.tile_kv),
+            qk(self.half),
+            qk(self.half),
             pv,
             q_tma,
             q_coords,
@@ -212,9 +253,9 @@ class PrefillSm90:
             v_coords,
             o_tma,
             o_coords,
-            Memory(out, lse, kv_indices, sinks, k_scale, v_scale, status),
-            Lengths(qo_indptr, kv_indptr, kv_last_page_len, q.shape[0], total_kv, q.shape[1]),
-            Scales(sm_scale, out_scale, soft_cap, lse_scale, cutlass.min(window_left, FAR)),
+            Memory(out, lse, kv_indices, sinks, k_scale, v_scale, out_partial, lse_partial, status),
+            Lengths(qo_indptr, kv_indptr, kv_last_page_len, q.shape[0], total_kv, heads, num_splits),
+            Scales(sm_scale, out_scale, soft_cap, lse_scale, cutlass.min(window_left, FAR), num_splits),
         ).launch(grid=[grid, 1, 1], block=[tile.num_threads, 1, 1], stream=stream, min_blocks_per_mp=1)
 
     # ================================================================================================ kernel
@@ -224,6 +265,8 @@ class PrefillSm90:
         self,
         qk_first: cute.TiledMma,
         qk: cute.TiledMma,
+        qk_half_first: cute.TiledMma,
+        qk_half: cute.TiledMma,
         pv: cute.TiledMma,
         q_tma: cute.CopyAtom,
         q_coords: cute.Tensor,
@@ -242,8 +285,10 @@ class PrefillSm90:
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // WARP_GROUP)
-        qk_first.set(warpgroup.Field.ACCUMULATE, False)
-        qk.set(warpgroup.Field.ACCUMULATE, True)
+        for mma in (qk_first, qk_half_first):
+            mma.set(warpgroup.Field.ACCUMULATE, False)
+        for mma in (qk, qk_half):
+            mma.set(warpgroup.Field.ACCUMULATE, True)
         pv.set(warpgroup.Field.ACCUMULATE, True)
 
         shared = SmemAllocator()
@@ -258,7 +303,8 @@ class PrefillSm90:
         q_full = shared.allocate_array(Int64, num_q)
         q_empty = shared.allocate_array(Int64, num_q)
         work_bars = shared.allocate_array(Int64, 2)
-        work = shared.allocate_tensor(Int32, cute.make_layout(5), byte_alignment=16)
+        work = shared.allocate_tensor(Int32, cute.make_layout(6), byte_alignment=16)
+        table = shared.allocate_tensor(Int32, cute.make_layout(COLUMNS * WARP), byte_alignment=16)
         if warp == 0:
             for descriptor in (q_tma, k_tma, v_tma, o_tma):
                 cpasync.prefetch_descriptor(descriptor)
@@ -277,7 +323,7 @@ class PrefillSm90:
             defer_sync=True,
         )
         k_ring, v_ring = ring(k_bars, spec.head_dim_qk), ring(v_bars, spec.head_dim_vo)
-        events = Events(k_ring, v_ring, q_full, q_empty, work_bars, work_bars + 1, work)
+        events = Events(k_ring, v_ring, q_full, q_empty, work_bars, work_bars + 1, work, table)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -287,7 +333,7 @@ class PrefillSm90:
                 self.load(events, memory, lengths, scales, q_tma, q_coords, s_q, k_tma, k_coords, s_k, v_tma, v_coords, s_v)
         else:
             cute.arch.setmaxregister_increase(tile.consumer_regs)
-            self.mma(events, memory, scales, qk_first, qk, pv, o_tma, o_coords, s_q, s_k, s_v, s_o)
+            self.mma(events, memory, scales, qk_first, qk, qk_half_first, qk_half, pv, o_tma, o_coords, s_q, s_k, s_v, s_o)
 
     # ================================================================================================ load
 
@@ -303,23 +349,23 @@ class PrefillSm90:
         t_v = cute.make_tensor(s_v.iterator, self.layout.kv_boxes(spec.head_dim_vo).outer)
 
         requests_per_section, heads_per_section = self.queue.section_sizes(lengths)
-        cursor = self.queue.start(lengths, requests_per_section)
-        cursor, item = self.queue.find(lengths, cursor, Int32(cta), requests_per_section, heads_per_section)
+        cursor = self.queue.start(lengths, events.table, requests_per_section)
+        cursor, item = self.queue.find(lengths, events.table, cursor, Int32(cta), requests_per_section, heads_per_section)
         self.publish(events, item, Int32(0))
         items = Int32(1)  # published so far
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         while item.num_rows > 0:
-            first, end = self.kv_tiles(item.first_pos, item.num_rows, item.kv_len, scales.window_left)
-            kv_head = item.qo_head // spec.group_size
+            first, end = self.kv_tiles(item.first_pos, item.num_rows, item.kv_len, item.split, scales)
+            kv_head = item.head // self.heads_per_kv
             buffer, phase = self.q_place(items - 1)
             for g in cutlass.range_constexpr(self.groups):
                 at = g * self.q_buffers + buffer
                 cute.arch.mbarrier_wait(events.q_empty + at, phase ^ 1)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(events.q_full + at, GROUP_ROWS * spec.head_dim_qk * self.dtype.width // 8)
-                rows = cute.domain_offset((item.q_row + GROUP_ROWS * g, 0, 0, 0), q_coords)
+                rows = self.layout.rows_from(q_coords, item.q_row + self.group_queries * g)
                 to_s, from_g = self.layout.partition(q_tma, t_q, rows, self.layout.row_box(spec.head_dim_qk))
-                cute.copy(q_tma, from_g[None, (0, 0, 0, item.qo_head)], to_s[None, at], tma_bar_ptr=events.q_full + at)
+                cute.copy(q_tma, from_g[None, (0, 0, 0, item.head)], to_s[None, at], tma_bar_ptr=events.q_full + at)
             from_k, from_v = self.kv_source(k_coords, item), self.kv_source(v_coords, item)
             page_ids = self.page_ids(memory, item, k_coords.shape[4], end - 1, first)
             for i in cutlass.range(end - first, unroll=1):
@@ -336,7 +382,7 @@ class PrefillSm90:
             if lane == 0:
                 ticket = cute.arch.atomic_add(memory.status.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
             ticket = cute.arch.shuffle_sync(ticket, 0) + num_ctas
-            cursor, item = self.queue.find(lengths, cursor, ticket, requests_per_section, heads_per_section)
+            cursor, item = self.queue.find(lengths, events.table, cursor, ticket, requests_per_section, heads_per_section)
             self.publish(events, item, items)
             items = items + 1
         if lane == 0:
@@ -353,8 +399,9 @@ class PrefillSm90:
             events.work[0] = item.q_row
             events.work[1] = item.num_rows
             events.work[2] = item.first_pos
-            events.work[3] = item.qo_head
+            events.work[3] = item.head
             events.work[4] = item.kv_len
+            events.work[5] = item.split
             cute.arch.mbarrier_arrive(events.work_full)
 
     @cute.jit
@@ -366,14 +413,33 @@ class PrefillSm90:
         return buffer, phase
 
     @cute.jit
-    def kv_tiles(self, first_pos: Int32, num_rows: Int32, kv_len: Int32, window_left: Int32):
-        """[first, end): the key tiles that some row of the work item sees; empty when none is visible."""
+    def kv_tiles(self, first_pos: Int32, num_rows: Int32, kv_len: Int32, split: Int32, scales):
+        """[first, end): the key tiles of the work item, those that some row of it sees; empty when none is visible."""
         end, first = kv_len, Int32(0)
         if const_expr(self.spec.causal):
-            end = cutlass.max(0, cutlass.min(kv_len, first_pos + cutlass.min(num_rows, self.tile.tile_q)))
+            queries = cute.ceil_div(cutlass.min(num_rows, self.tile.tile_q), self.pack)
+            end = cutlass.max(0, cutlass.min(kv_len, first_pos + queries))
         if const_expr(self.spec.window):
-            first = cutlass.max(0, first_pos - window_left) // self.tile.tile_kv
-        return first, cute.ceil_div(end, self.tile.tile_kv)
+            first = cutlass.max(0, first_pos - scales.window_left) // self.tile.tile_kv
+        end = cute.ceil_div(end, self.tile.tile_kv)
+        if const_expr(self.tile.split_kv):
+            visible, begin = cutlass.max(0, end - first), first
+            first = begin + visible * split // scales.num_splits
+            end = begin + visible * (split + 1) // scales.num_splits
+        return first, end
+
+    @cute.jit
+    def group_tiles(self, first: Int32, end: Int32, group_pos: Int32, group_rows: Int32, kv_len: Int32, window_left: Int32):
+        """[first, end): those of the work item's key tiles that some row of one consumer group sees; empty for a group without rows."""
+        group_first, group_end = first, end
+        if const_expr(self.spec.causal):
+            seen = cute.ceil_div(cutlass.max(0, cutlass.min(kv_len, group_pos + self.group_queries)), self.tile.tile_kv)
+            group_end = cutlass.max(first, cutlass.min(end, seen))
+        if group_rows <= 0:
+            group_end = first
+        if const_expr(self.spec.window):
+            group_first = cutlass.min(group_end, cutlass.max(first, cutlass.max(0, group_pos - window_left) // self.tile.tile_kv))
+        return group_first, group_end
 
     def kv_source(self, coords, item):
         """The request's own view of K or V; pages are found by coordinate instead."""
@@ -399,9 +465,9 @@ class PrefillSm90:
 
     @cute.jit
     def load_tile(self, tma, coords, shared, stage: Int32, kv_tile: Int32, kv_head: Int32, page_ids: Int32, barrier):
-        """K or V of one key tile: one box, or a box per page and 64 columns."""
+        """K or V of one key tile: one box, or a box per page and column block."""
         layout, blocks = self.layout, coords.shape[2]
-        to_s, from_g = layout.partition(tma, shared, coords, layout.kv_box(64 * blocks))
+        to_s, from_g = layout.partition(tma, shared, coords, layout.kv_box(coords.shape[1] * blocks))
         if const_expr(layout.boxes == 1):
             box, page = kv_tile, Int32(0)
             if const_expr(self.paged):
@@ -417,7 +483,7 @@ class PrefillSm90:
     # ================================================================================================ mma
 
     @cute.jit
-    def mma(self, events, memory, scales, qk_first, qk, pv, o_tma, o_coords, s_q, s_k, s_v, s_o):
+    def mma(self, events, memory, scales, qk_first, qk, qk_half_first, qk_half, pv, o_tma, o_coords, s_q, s_k, s_v, s_o):
         """A consumer group: 64 rows of each work item."""
         tile, spec = self.tile, self.spec
         thread = cute.arch.thread_idx()[0] % WARP_GROUP
@@ -446,16 +512,32 @@ class PrefillSm90:
             pair(),
             pair(),
         )
+        # the same with the left half of a key tile: half the scores, half the P V steps, the same registers
+        half_s = cute.make_rmem_tensor(qk_half.partition_shape_C((GROUP_ROWS, self.half)), Float32)
+        half_p = cute.make_rmem_tensor_like(half_s, self.dtype)
+        half_k = cute.local_tile(s_k, (self.half, spec.head_dim_qk), (0, 0, None))
+        left = m._replace(
+            qk_first=qk_half_first,
+            qk=qk_half,
+            frag_k=qk_half.make_fragment_B(qk_half.get_slice(0).partition_B(half_k)),
+            acc_s=half_s,
+            p=half_p,
+            frag_p=as_a_operand(half_p),
+        )
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        q_row, num_rows, first_pos, qo_head, kv_len = self.next_item(events, Int32(0))
+        q_row, num_rows, first_pos, head, kv_len, split = self.next_item(events, Int32(0))
         items = Int32(1)  # taken so far
         while num_rows > 0:
-            first, end = self.kv_tiles(first_pos, num_rows, kv_len, scales.window_left)
-            group_pos = first_pos + group * GROUP_ROWS  # position of the group's first row
-            pos = group_pos + row
-            head, head_row, head_rows = qo_head, q_row + group * GROUP_ROWS, num_rows - group * GROUP_ROWS
-            scale_log2, pre_scale = self.softmax_scale(memory, scales, qo_head)
+            item_first, item_end = self.kv_tiles(first_pos, num_rows, kv_len, split, scales)
+            group_pos = first_pos + group * self.group_queries  # position of the group's first query
+            pos = group_pos + row // self.pack
+            place = Place(q_row + group * self.group_queries, num_rows - group * GROUP_ROWS, head, split)
+            first, end = self.group_tiles(item_first, item_end, group_pos, place.num_rows, kv_len, scales.window_left)
+            scale_log2, pre_scale = self.softmax_scale(memory, scales, head)
+            buffer, phase = self.q_place(items - 1)
+            q_at = group * self.q_buffers + buffer
+            rows = Rows(q_at, pos, column, kv_len, scales.window_left, scale_log2, pre_scale, group, thread)
             m.acc_o.fill(0.0)
             m.row_sum.fill(0.0)
             for r in cutlass.range_constexpr(2):
@@ -463,62 +545,81 @@ class PrefillSm90:
                 # that rescales O, so that a request's result does not depend on its neighbours.
                 m.row_max[r] = -Float32.inf
                 if const_expr(not self.single):
-                    m.row_max[r] = -Float32.inf if row + 8 * r < head_rows else Float32.inf
-            buffer, phase = self.q_place(items - 1)
-            q_at = group * self.q_buffers + buffer
+                    m.row_max[r] = -Float32.inf if row + 8 * r < place.num_rows else Float32.inf
+            for _ in cutlass.range(item_end - end, unroll=1):
+                self.pass_by(events, k_state, v_state)
+                k_state.advance()
+                v_state.advance()
             cute.arch.mbarrier_wait(events.q_full + q_at, phase)
             if end > first:
                 # ---- first tile: always masked, its P V follows later
-                self.issue_qk(m, events, k_state, q_at)
-                warpgroup.wait_group(0)
-                events.k.consumer_release(k_state)
-                if const_expr(spec.soft_cap):
-                    cap_scores(m.acc_s, pre_scale)
-                self.mask(m, (end - 1) * tile.tile_kv, pos, column, kv_len, scales.window_left)
-                online_softmax(m.acc_s, m.row_max, m.row_sum, m.correction, scale_log2, True)
-                convert_pairs(m.acc_s, m.p)
-                k_state.advance()
-                if const_expr(not self.single):
-                    # a contiguous single K/V ends where TMA clips and fills zeros
-                    if end * tile.tile_kv > kv_len:
-                        self.zero_v_tail(events, s_v, v_state, kv_len - (end - 1) * tile.tile_kv, group, thread)
+                last = (end - 1) * tile.tile_kv
+                left_of = end - 1  # tiles [first, left_of) follow
+                if const_expr(self.halves):
+                    seen = cutlass.min(kv_len, group_pos + self.group_queries) - last
+                    if seen <= self.half and end - first > 1:
+                        self.first_tile(left, events, rows, k_state, v_state, s_v, last)
+                        k_state.advance()
+                        left_of = end - 2
+                        start = left_of * tile.tile_kv
+                        self.step(m, left, events, rows, k_state, v_state, start, True)
+                        k_state.advance()
+                        v_state.advance()
+                    else:
+                        self.first_tile(m, events, rows, k_state, v_state, s_v, last)
+                        k_state.advance()
+                else:
+                    self.first_tile(m, events, rows, k_state, v_state, s_v, last)
+                    k_state.advance()
                 # ---- tiles [whole_first, whole_end) are seen whole by all 64 rows of this group
-                whole_end = end - 1
+                whole_end = left_of
                 if const_expr(spec.causal):
-                    # the last tile is peeled; of the others only those left of every row's diagonal are whole
+                    # of the tiles that follow only those left of every row's diagonal are whole
                     seen_by_all = cutlass.max(0, group_pos + 1) // tile.tile_kv
                     whole_end = cutlass.max(first, cutlass.min(whole_end, seen_by_all))
-                    for i in cutlass.range(end - 1 - whole_end, unroll=1):
-                        start = (end - 2 - i) * tile.tile_kv
-                        self.step(m, events, k_state, v_state, q_at, scales, scale_log2, pre_scale, start, pos, column, kv_len, True)
+                    for i in cutlass.range(left_of - whole_end, unroll=1):
+                        start = (left_of - 1 - i) * tile.tile_kv
+                        self.step(m, m, events, rows, k_state, v_state, start, True)
                         k_state.advance()
                         v_state.advance()
                 whole_first = first
                 if const_expr(spec.window):
-                    oldest_of_last_row = cutlass.max(0, group_pos + (GROUP_ROWS - 1) - scales.window_left)
+                    oldest_of_last_row = cutlass.max(0, group_pos + (self.group_queries - 1) - scales.window_left)
                     whole_first = cutlass.min(whole_end, cutlass.max(first, cute.ceil_div(oldest_of_last_row, tile.tile_kv)))
                 for _ in cutlass.range(whole_end - whole_first, unroll=1):
-                    self.step(m, events, k_state, v_state, q_at, scales, scale_log2, pre_scale, Int32(0), pos, column, kv_len, False)
+                    self.step(m, m, events, rows, k_state, v_state, Int32(0), False)
                     k_state.advance()
                     v_state.advance()
                 if const_expr(spec.window):
                     for i in cutlass.range(whole_first - first, unroll=1):
                         start = (whole_first - 1 - i) * tile.tile_kv
-                        self.step(m, events, k_state, v_state, q_at, scales, scale_log2, pre_scale, start, pos, column, kv_len, True)
+                        self.step(m, m, events, rows, k_state, v_state, start, True)
                         k_state.advance()
                         v_state.advance()
                 self.issue_pv(m, events, v_state)
                 self.release_q(events, q_at)
-                q_row, num_rows, first_pos, qo_head, kv_len = self.next_item(events, items)  # under the last P V
+                if const_expr(not spec.window):
+                    q_row, num_rows, first_pos, head, kv_len, split = self.next_item(events, items)  # under the last P V
                 warpgroup.wait_group(0)
                 events.v.consumer_release(v_state)
                 v_state.advance()
             else:
                 self.release_q(events, q_at)
-                q_row, num_rows, first_pos, qo_head, kv_len = self.next_item(events, items)
+                if const_expr(not spec.window):
+                    q_row, num_rows, first_pos, head, kv_len, split = self.next_item(events, items)
+            if const_expr(spec.window):
+                # the load warp announces the next item only after it has filled these stages
+                for _ in cutlass.range(first - item_first, unroll=1):
+                    self.pass_by(events, k_state, v_state)
+                    k_state.advance()
+                    v_state.advance()
+                q_row, num_rows, first_pos, head, kv_len, split = self.next_item(events, items)
             items = items + 1
-            self.finish(m, memory, scales, scale_log2, head_row, head_rows, head, row, column)
-            self.store(m, memory, o_tma, o_coords, s_o, head_row, head_rows, head, group, thread)
+            self.finish(m, memory, scales, scale_log2, place, row, column)
+            if const_expr(tile.split_kv):
+                self.store_partial(m, memory, place, row, column)
+            else:
+                self.store(m, memory, o_tma, o_coords, s_o, place, group, thread)
             if const_expr(self.o_in_q):
                 if thread // 32 == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)  # O has left Q's place
@@ -537,60 +638,70 @@ class PrefillSm90:
 
     @cute.jit
     def next_item(self, events, items: Int32):
-        """(q_row, num_rows, first_pos, qo_head, kv_len) of the ``items``-th work item."""
+        """(q_row, num_rows, first_pos, head, kv_len, split) of the ``items``-th work item."""
         cute.arch.mbarrier_wait(events.work_full, items & 1)
         uniform = cute.arch.make_warp_uniform
         q_row, num_rows, first_pos = uniform(events.work[0]), uniform(events.work[1]), uniform(events.work[2])
-        qo_head, kv_len = uniform(events.work[3]), uniform(events.work[4])
+        head, kv_len, split = uniform(events.work[3]), uniform(events.work[4]), uniform(events.work[5])
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(events.work_empty)
-        return q_row, num_rows, first_pos, qo_head, kv_len
+        return q_row, num_rows, first_pos, head, kv_len, split
 
     @cute.jit
-    def softmax_scale(self, memory, scales, qo_head: Int32):
+    def pass_by(self, events, k_state, v_state):
+        """Release a key tile that none of this group's rows sees."""
+        events.k.consumer_wait(k_state, events.k.consumer_try_wait(k_state))
+        events.k.consumer_release(k_state)
+        events.v.consumer_wait(v_state, events.v.consumer_try_wait(v_state))
+        events.v.consumer_release(v_state)
+
+    @cute.jit
+    def softmax_scale(self, memory, scales, head: Int32):
         """(factor from scores to base-2 logits, factor inside the tanh of a soft cap)."""
         logit_scale = scales.sm_scale
         if const_expr(self.spec.k_scale):
-            logit_scale = logit_scale * memory.k_scale[qo_head // self.spec.group_size]
+            logit_scale = logit_scale * memory.k_scale[head // self.heads_per_kv]
         scale_log2, pre_scale = logit_scale * Float32(LOG2_E), Float32(1.0)
         if const_expr(self.spec.soft_cap):
             scale_log2, pre_scale = scales.soft_cap * Float32(LOG2_E), logit_scale / scales.soft_cap
         return scale_log2, pre_scale
 
     @cute.jit
-    def mask(self, m, start: Int32, pos: Int32, column: Int32, kv_len: Int32, window_left: Int32):
+    def mask(self, m, rows, start: Int32):
         """Apply every mask to the scores of the key tile that begins at ``start``."""
-        origin = start + column
-        mask_scores(m.acc_s, kv_len - origin, pos + 1 - origin, pos - window_left - origin, self.spec.causal, self.spec.window)
+        origin = start + rows.column
+        key_end, diagonal, oldest = rows.kv_len - origin, rows.pos + 1 - origin, rows.pos - rows.window_left - origin
+        mask_scores(m.acc_s, key_end, diagonal, oldest, 8 // self.pack, self.spec.causal, self.spec.window)
 
     @cute.jit
-    def step(
-        self,
-        m,
-        events,
-        k_state,
-        v_state,
-        q_at: Int32,
-        scales,
-        scale_log2: Float32,
-        pre_scale: Float32,
-        start: Int32,
-        pos: Int32,
-        column: Int32,
-        kv_len: Int32,
-        masked: cutlass.Constexpr,
-    ):
-        """One key tile: its Q K^T, then P V of the tile before, and its softmax while that P V runs."""
-        self.issue_qk(m, events, k_state, q_at)
-        self.issue_pv(m, events, v_state)
+    def first_tile(self, m, events, rows, k_state, v_state, s_v, start: Int32):
+        """The first key tile of a work item: Q K^T and softmax. Its P V belongs to the next step."""
+        self.issue_qk(m, events, k_state, rows.q_at)
+        warpgroup.wait_group(0)
+        events.k.consumer_release(k_state)
+        if const_expr(self.spec.soft_cap):
+            cap_scores(m.acc_s, rows.pre_scale)
+        self.mask(m, rows, start)
+        online_softmax(m.acc_s, m.row_max, m.row_sum, m.correction, rows.scale_log2, True)
+        convert_pairs(m.acc_s, m.p)
+        if const_expr(not self.single):
+            # a contiguous single K/V ends where TMA clips and fills zeros
+            if start + self.tile.tile_kv > rows.kv_len:
+                self.zero_v_tail(events, s_v, v_state, rows.kv_len - start, rows.group, rows.thread)
+
+    @cute.jit
+    def step(self, m, before, events, rows, k_state, v_state, start: Int32, masked: cutlass.Constexpr):
+        """One key tile: its Q K^T, then P V of the tile ``before``, and its softmax while that P V runs."""
+        self.issue_qk(m, events, k_state, rows.q_at)
+        self.issue_pv(before, events, v_state)
         warpgroup.wait_group(1)  # S is complete, P V may still run
         events.k.consumer_release(k_state)
         if const_expr(self.spec.soft_cap):
-            cap_scores(m.acc_s, pre_scale)
+            cap_scores(m.acc_s, rows.pre_scale)
         if const_expr(masked):
-            self.mask(m, start, pos, column, kv_len, scales.window_left)
-        grew = online_softmax(m.acc_s, m.row_max, m.row_sum, m.correction, scale_log2, False)
+            self.mask(m, rows, start)
+        grew = online_softmax(m.acc_s, m.row_max, m.row_sum, m.correction, rows.scale_log2, False)
         warpgroup.wait_group(0)
         events.v.consumer_release(v_state)
         convert_pairs(m.acc_s, m.p)
@@ -639,32 +750,56 @@ class PrefillSm90:
     # ------------------------------------------------------------------------------------------------ epilogue
 
     @cute.jit
-    def finish(self, m, memory, scales, scale_log2: Float32, q_row: Int32, num_rows: Int32, qo_head: Int32, row: Int32, column: Int32):
+    def finish(self, m, memory, scales, scale_log2: Float32, place, row: Int32, column: Int32):
         """Divide O by its sum, apply the output scales, write the log-sum-exp."""
         out_scale = scales.out_scale
         if const_expr(self.spec.v_scale):
-            out_scale = out_scale * memory.v_scale[qo_head // self.spec.group_size]
+            out_scale = out_scale * memory.v_scale[place.head // self.heads_per_kv]
         factor = cute.make_rmem_tensor(2, Float32)
         for r in cutlass.range_constexpr(2):
             total = cute.arch.warp_reduction(m.row_sum[r], lambda x, y: x + y, threads_in_group=4)
             top = m.row_max[r] * scale_log2 if m.row_max[r] != -Float32.inf else -Float32.inf
             weight = Float32(1.0)
+            q_row, qo_head = self.row_of(place, row + 8 * r)
             if const_expr(self.spec.sinks):
-                # the sink is one more logit without a value; it may become the new maximum
+                # the sink is one more logit without a value; it may become the new maximum; the first split counts it
                 sink = memory.sinks[qo_head] * Float32(LOG2_E)
+                if const_expr(self.tile.split_kv):
+                    sink = sink if place.split == 0 else -Float32.inf
                 joint = cute.arch.fmax(top, sink)
                 reference = joint if joint != -Float32.inf else Float32(0.0)
                 weight = cute.arch.exp2(top - reference)
                 total = total * weight + cute.arch.exp2(sink - reference)
                 top = reference
             factor[r] = cute.arch.rcp_approx(total) * weight * out_scale if total != Float32(0.0) else Float32(0.0)
-            if const_expr(self.spec.lse):
-                if column == 0 and row + 8 * r < num_rows:
-                    memory.lse[q_row + row + 8 * r, qo_head] = (top + cute.math.log2(total, fastmath=True)) * scales.lse_scale
+            if const_expr(self.spec.lse or self.tile.split_kv):
+                if column == 0 and row + 8 * r < place.num_rows:
+                    lse = top + cute.math.log2(total, fastmath=True)
+                    store_lse(memory.lse, memory.lse_partial, lse, q_row, qo_head, place.split, scales.lse_scale)
         scale_rows(m.acc_o, factor)
 
     @cute.jit
-    def store(self, m, memory, o_tma, o_coords, s_o, q_row: Int32, num_rows: Int32, qo_head: Int32, group: Int32, thread: Int32):
+    def row_of(self, place, row: Int32):
+        """(row of q and out, query head) of a row of this group."""
+        q_row, qo_head = place.q_row + row, place.head
+        if const_expr(self.pack > 1):
+            q_row, qo_head = place.q_row + row // self.pack, place.head * self.pack + row % self.pack
+        return q_row, qo_head
+
+    @cute.jit
+    def store_partial(self, m, memory, place, row: Int32, column: Int32):
+        """O, normalised, to the partials of this split: fp32, straight from registers."""
+        o = rows_cols(m.acc_o)
+        pair = cute.make_rmem_tensor(2, Float32)
+        for r in cutlass.range_constexpr(2):
+            if row + 8 * r < place.num_rows:
+                q_row, qo_head = self.row_of(place, row + 8 * r)
+                for c in cutlass.range_constexpr(0, cute.size(o, mode=[1]), 2):
+                    pair[0], pair[1] = o[r, c], o[r, c + 1]
+                    store_columns(memory.out, memory.out_partial, pair, q_row, qo_head, place.split, column + 4 * c)
+
+    @cute.jit
+    def store(self, m, memory, o_tma, o_coords, s_o, place, group: Int32, thread: Int32):
         """O to this group's own buffer and out; the other groups are not involved, and the store runs on under the next work item."""
         head_dim = self.spec.head_dim_vo
         o_tile = self.layout.o_view(s_o, self.layout.tiles(GROUP_ROWS, head_dim, self.groups))[None, None, group]
@@ -679,19 +814,20 @@ class PrefillSm90:
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARP_GROUP)
         # TMA clips only at the end of the tensor: the last block of a request must not run into the next one
         if const_expr(self.single):
-            whole = num_rows > 0
+            whole = place.num_rows > 0
         else:
-            whole = num_rows >= GROUP_ROWS
+            whole = place.num_rows >= GROUP_ROWS
         if whole:
             if thread // 32 == 0:
                 boxes = self.layout.o_view(s_o, self.layout.row_boxes(head_dim, self.groups))
-                rows = cute.domain_offset((q_row, 0, 0, 0), o_coords)
+                rows = self.layout.rows_from(o_coords, place.q_row)
                 from_s, to_g = self.layout.partition(o_tma, boxes, rows, self.layout.row_box(head_dim))
-                cute.copy(o_tma, from_s[None, group], to_g[None, (0, 0, 0, qo_head)])
+                cute.copy(o_tma, from_s[None, group], to_g[None, (0, 0, 0, place.head)])
                 cute.arch.cp_async_bulk_commit_group()
         elif const_expr(not self.single):
             chunks = head_dim // 8  # 16-byte chunks of a row
-            for i in cutlass.range(thread, num_rows * chunks, WARP_GROUP, unroll=1):
+            for i in cutlass.range(thread, place.num_rows * chunks, WARP_GROUP, unroll=1):
                 chunk = cute.make_rmem_tensor(8, self.dtype)
+                q_row, qo_head = self.row_of(place, i // chunks)
                 cute.autovec_copy(cute.local_tile(o_tile[i // chunks, None], (8,), (i % chunks,)), chunk)
-                cute.autovec_copy(chunk, cute.local_tile(memory.out[Int64(q_row + i // chunks), qo_head, None], (8,), (i % chunks,)))
+                cute.autovec_copy(chunk, cute.local_tile(memory.out[Int64(q_row), qo_head, None], (8,), (i % chunks,)))

@@ -1,17 +1,31 @@
 """Layouts of the Hopper prefill kernel: how Q, K, V and O lie in shared memory, and the TMA boxes that bring them there.
 
-A shared tile is stored as d/64 blocks of 64 columns; a block holds all rows of the tile, 128 swizzled bytes each: what wgmma reads with
-one stride between groups of 8 rows. The same bytes have two layouts: (row, column, buffer) for the MMA, and split into boxes for TMA.
+A shared tile is stored as blocks of 64 columns (32 or 16 where 64 does not divide the head dim, so that no box reaches into the next
+head); a block holds all rows of the tile, 128 (64, 32) swizzled bytes each: what wgmma reads with one stride between groups of 8 rows. The
+same bytes have two layouts: (row, column, buffer) for the MMA, and split into boxes for TMA.
 
 Boxes: a contiguous K/V tile, a tile inside one page, and 64 rows of Q or O are one box each (all column blocks at once). Where a tile
-spans several pages a box is one page by 64 columns: with all its columns in one box, the rows of two pages would not be one stride apart.
+spans several pages a box is one page by one block: with all its columns in one box, the rows of two pages would not be one stride apart.
+
+Packed heads: the 64 rows of a group are 64 / group_size queries times the group's heads, query major; row r is query r / group_size.
+Q and out are then seen as ((head in group, query), column, block, KV head), still one box.
 """
 
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-SWIZZLE_COLUMNS = 64  # 16-bit elements of one 128-byte swizzled row, the widest box TMA swizzles
+# columns of a block: how its rows are swizzled. 64 16-bit elements are 128 bytes, the widest box TMA swizzles
+SWIZZLES = {
+    64: warpgroup.SmemLayoutAtomKind.K_SW128,
+    32: warpgroup.SmemLayoutAtomKind.K_SW64,
+    16: warpgroup.SmemLayoutAtomKind.K_SW32,
+}
 GROUP_ROWS = 64  # query rows of one consumer warp group: wgmma has M = 64
+
+
+def block_columns(head_dim: int) -> int:
+    """Columns of one block of a shared tile."""
+    return next(width for width in SWIZZLES if head_dim % width == 0)
 
 
 class PrefillLayout:
@@ -22,6 +36,7 @@ class PrefillLayout:
         self.stages = tile.num_stages
         self.groups = tile.num_consumer_groups
         self.head_dim_qk, self.head_dim_vo = spec.head_dim_qk, spec.head_dim_vo
+        self.pack = spec.group_size if tile.pack_heads else 1  # query heads that share a tile
         self.o_in_q = tile.num_q_buffers == 1
         self.q_tiles = tile.num_consumer_groups * tile.num_q_buffers
         self.tile_kv = tile.tile_kv
@@ -35,19 +50,21 @@ class PrefillLayout:
 
     def tiles(self, rows, columns, buffers):
         """(row, column, buffer): the MMA's view."""
-        return cute.tile_to_shape(self._atom(), (rows, columns, buffers), (0, 1, 2))
+        return cute.tile_to_shape(self._atom(columns), (rows, columns, buffers), (0, 1, 2))
 
     def row_boxes(self, columns, buffers):
-        """(row, 64, column block, buffer): TMA's view of Q or O, a group's 64 rows per buffer."""
-        return cute.tile_to_shape(self._atom(), (GROUP_ROWS, SWIZZLE_COLUMNS, columns // SWIZZLE_COLUMNS, buffers), (0, 1, 2, 3))
+        """(row, column, block, buffer): TMA's view of Q or O, a group's 64 rows per buffer."""
+        width = block_columns(columns)
+        return cute.tile_to_shape(self._atom(columns), (GROUP_ROWS, width, columns // width, buffers), (0, 1, 2, 3))
 
     def kv_boxes(self, columns):
-        """TMA's view of K or V: (token, 64, column block, stage), or (token, 64, box, column block, stage) where a tile spans pages."""
-        blocks = columns // SWIZZLE_COLUMNS
+        """TMA's view of K or V: (token, column, block, stage), or (token, column, box, block, stage) where a tile spans pages."""
+        width = block_columns(columns)
+        blocks = columns // width
         if self.boxes == 1:
-            return cute.tile_to_shape(self._atom(), (self.box_tokens, SWIZZLE_COLUMNS, blocks, self.stages), (0, 1, 2, 3))
-        shape = (self.box_tokens, SWIZZLE_COLUMNS, self.boxes, blocks, self.stages)
-        return cute.tile_to_shape(self._atom(), shape, (0, 1, 2, 3, 4))
+            return cute.tile_to_shape(self._atom(columns), (self.box_tokens, width, blocks, self.stages), (0, 1, 2, 3))
+        shape = (self.box_tokens, width, self.boxes, blocks, self.stages)
+        return cute.tile_to_shape(self._atom(columns), shape, (0, 1, 2, 3, 4))
 
     def o_view(self, s_o, layout):
         """The O buffers under ``layout``, whose last mode counts groups; the swizzle stays on the pointer."""
@@ -55,35 +72,47 @@ class PrefillLayout:
         pitch = GROUP_ROWS * (self.head_dim_qk if self.o_in_q else self.head_dim_vo)  # a Q buffer each where O is staged in Q's place
         return cute.make_tensor(s_o.iterator, cute.make_layout((*shape[:-1], self.groups), stride=(*stride[:-1], pitch)))
 
-    def _atom(self):
-        return warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
+    def _atom(self, columns):
+        return warpgroup.make_smem_layout_atom(SWIZZLES[block_columns(columns)], self.dtype)
 
     # ------------------------------------------------------------------------------------------------ TMA
 
     def row_box(self, columns):
         """Box of Q and O: 64 rows, all columns."""
-        return (GROUP_ROWS, SWIZZLE_COLUMNS, columns // SWIZZLE_COLUMNS)
+        rows = GROUP_ROWS if self.pack == 1 else (self.pack, GROUP_ROWS // self.pack)
+        width = block_columns(columns)
+        return (rows, width, columns // width)
+
+    def rows_from(self, coords, query):
+        """``coords`` of Q or out, moved so that the box at 0 begins with row ``query`` of the tensor."""
+        return cute.domain_offset(((0, query) if self.pack > 1 else query, 0, 0, 0), coords)
 
     def kv_box(self, columns):
         """Box of K and V."""
-        box = (self.box_tokens, SWIZZLE_COLUMNS, columns // SWIZZLE_COLUMNS)
+        width = block_columns(columns)
+        box = (self.box_tokens, width, columns // width)
         return box if self.boxes == 1 else box[:2]
 
     def row_tma(self, op, t):
-        """(atom, coordinates) of Q or O, [rows, heads, d] seen as (row, 64, column block, head)."""
+        """(atom, coordinates) of Q or O, [rows, heads, d] seen as (row, column, block, head)."""
         s, columns = t.layout.stride, t.shape[2]
-        shape = (t.shape[0], SWIZZLE_COLUMNS, columns // SWIZZLE_COLUMNS, t.shape[1])
-        view = cute.make_tensor(t.iterator, cute.make_layout(shape, stride=(s[0], 1, SWIZZLE_COLUMNS, s[1])))
+        width = block_columns(columns)
+        rows, row_stride, heads, head_stride = t.shape[0], s[0], t.shape[1], s[1]
+        if self.pack > 1:
+            rows, row_stride, heads, head_stride = (self.pack, rows), (s[1], s[0]), heads // self.pack, self.pack * s[1]
+        shape = (rows, width, columns // width, heads)
+        view = cute.make_tensor(t.iterator, cute.make_layout(shape, stride=(row_stride, 1, width, head_stride)))
         return self._tma(op, view, self.row_boxes(columns, 1), self.row_box(columns))
 
     def kv_tma(self, op, t):
-        """(atom, coordinates) of K or V, [pages, tokens, heads, d] seen as (token, 64, column block, head, page).
+        """(atom, coordinates) of K or V, [pages, tokens, heads, d] seen as (token, column, block, head, page).
 
         The page is a coordinate, so its stride may need 64 bits, and a page past the end reads zeros instead of memory.
         """
         s, columns = t.layout.stride, t.shape[3]
-        shape = (t.shape[1], SWIZZLE_COLUMNS, columns // SWIZZLE_COLUMNS, t.shape[2], t.shape[0])
-        view = cute.make_tensor(t.iterator, cute.make_layout(shape, stride=(s[1], 1, SWIZZLE_COLUMNS, s[2], s[0])))
+        width = block_columns(columns)
+        shape = (t.shape[1], width, columns // width, t.shape[2], t.shape[0])
+        view = cute.make_tensor(t.iterator, cute.make_layout(shape, stride=(s[1], 1, width, s[2], s[0])))
         return self._tma(op, view, self.kv_boxes(columns), self.kv_box(columns))
 
     def partition(self, tma, shared, coords, box):

@@ -56,21 +56,30 @@ def cap_scores(acc_s: cute.Tensor, pre_scale: Float32):
 
 
 @cute.jit
-def mask_scores(acc_s: cute.Tensor, key_end: Int32, diagonal: Int32, oldest: Int32, causal: cutlass.Constexpr, window: cutlass.Constexpr):
+def mask_scores(
+    acc_s: cute.Tensor,
+    key_end: Int32,
+    diagonal: Int32,
+    oldest: Int32,
+    gap: cutlass.Constexpr,
+    causal: cutlass.Constexpr,
+    window: cutlass.Constexpr,
+):
     """Hide keys: -inf replaces a score, whatever it was (NaN from stale bytes included).
 
     All limits are columns of this tile, already less the thread's first column. Columns at or past ``key_end`` do not exist; past
-    ``diagonal`` (first row) they lie in the future; before ``oldest`` (first row) they left the window. The second row is 8 further.
+    ``diagonal`` (first row) they lie in the future; before ``oldest`` (first row) they left the window. The second row's query is ``gap``
+    further.
     """
     s = rows_cols(acc_s)
     for r in cutlass.range_constexpr(2):
         end = key_end
         if const_expr(causal):
-            end = cutlass.min(key_end, diagonal + 8 * r)
+            end = cutlass.min(key_end, diagonal + gap * r)
         for c in cutlass.range_constexpr(cute.size(s, mode=[1])):
             column = 8 * (c // 2) + c % 2
             if const_expr(window):
-                s[r, c] = s[r, c] if oldest + 8 * r <= column and column < end else -Float32.inf
+                s[r, c] = s[r, c] if oldest + gap * r <= column and column < end else -Float32.inf
             else:
                 s[r, c] = s[r, c] if column < end else -Float32.inf
 

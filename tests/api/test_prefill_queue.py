@@ -1,0 +1,169 @@
+"""The Hopper prefill kernel's work queue, its real source run on the CPU: 32 numpy lanes stand in for the warp.
+
+Every (request, query block, head, split) is handed out exactly once for any batch, in any interleaving of CTAs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "cute_infer" / "attention" / "kernels" / "prefill_sm90_queue.py"
+PAGE = 16
+
+
+def is_vector(x: object) -> bool:
+    return isinstance(x, np.ndarray)
+
+
+def pick(vector, scalar):
+    return lambda *a: vector(*a) if any(map(is_vector, a)) else scalar(a)
+
+
+def popc(x):
+    return np.array([bin(int(v) & 0xFFFFFFFF).count("1") for v in x]) if is_vector(x) else bin(int(x) & 0xFFFFFFFF).count("1")
+
+
+def redux(lanes: np.ndarray, kind: str) -> int:
+    assert lanes.shape == (32,)
+    return int(lanes.sum() if kind == "add" else lanes.max())
+
+
+@pytest.fixture(scope="module")
+def queue():
+    """The queue module on top of a stand-in for the compiler's language, which is put back afterwards."""
+    language, cute = types.ModuleType("cutlass"), types.ModuleType("cutlass.cute")
+    language.Int32, language.const_expr = int, lambda x: x
+    language.max, language.min = pick(np.maximum, max), pick(np.minimum, min)
+    language.range = lambda *a, unroll=1: range(*a)
+    language.range_constexpr = range
+    language.cute = cute
+    cute.jit, cute.ceil_div = lambda f: f, lambda a, b: -(-a // b)
+    cute.arch = types.SimpleNamespace(
+        lane_idx=lambda: np.arange(32),
+        sync_warp=lambda: None,
+        warp_redux_sync=redux,
+        vote_ballot_sync=lambda bits: int(sum(1 << i for i in range(32) if bits[i])),
+        popc=popc,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cutlass", language)
+        patch.setitem(sys.modules, "cutlass.cute", cute)
+        found = importlib.util.spec_from_file_location("prefill_queue_on_numpy", SOURCE)
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+
+    class Queue(module.PrefillQueue):
+        def read_request(self, lengths, request, request_end):
+            """The one function whose branch is taken lane by lane, here for a vector of lanes."""
+            inside = request < request_end
+            at = np.where(inside, request, 0)
+            q_row, kv_begin = lengths.qo_indptr[at], lengths.kv_indptr[at]
+            rows = np.maximum(0, np.minimum(lengths.qo_indptr[at + 1], lengths.total_q) - q_row) * self.pack
+            kv_len, num_pages = lengths.kv_indptr[at + 1] - kv_begin, np.zeros(32, int)
+            if self.page_size:
+                num_pages = kv_len
+                kv_len = np.where(num_pages > 0, (num_pages - 1) * self.page_size + lengths.kv_last_page_len[at], 0)
+            return [np.where(inside, column, 0) for column in (rows, q_row, kv_begin, kv_len, num_pages)]
+
+    module.Queue = Queue
+    return module
+
+
+def indptr(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(int)
+
+
+def tickets(module, layout, qo, kv, kv_heads=2, group=1, *, causal=True, pack=False, splits=1, tile_q=128, ctas=132, budget=None, rng):
+    """{(request, block, head, split): ticket} of a batch, drawn by ``ctas`` CTAs in random interleaving; every item's words are checked."""
+    spec = types.SimpleNamespace(
+        group_size=group, causal=causal, page_size=PAGE if layout == "paged" else 0, kv_layout=layout, head_dim_qk=128, head_dim_vo=128
+    )
+    queue = module.Queue(spec, types.SimpleNamespace(tile_q=tile_q, pack_heads=pack))
+    if budget:
+        queue.budget_tokens = budget
+    rows_per_query = group if pack else 1
+    heads = kv_heads * group // rows_per_query
+    q_at, pages = indptr(qo), [-(-n // PAGE) for n in kv]
+    kv_at = indptr(pages if layout == "paged" else kv)
+    last_page = np.array([(n - 1) % PAGE + 1 if n else 0 for n in kv])
+    q_ptr, kv_ptr = (None, None) if layout == "single" else (q_at, kv_at)
+    lengths = module.Lengths(q_ptr, kv_ptr, last_page, int(q_at[-1]), sum(kv), heads, splits)
+    tables = np.full((ctas, module.COLUMNS * module.WARP), -1)
+    per_section = queue.section_sizes(lengths)
+    owner = {int(q_at[r]) + t: r for r in range(len(qo)) for t in range(qo[r])}
+
+    seen: dict = {}
+    cursors: dict = {}
+    drawn = [(cta, cta) for cta in range(ctas)]  # (CTA, ticket): the first ticket is the CTA's index
+    counter = ctas
+    while drawn:
+        cta, ticket = drawn.pop(rng.randrange(len(drawn)))
+        cursor = cursors.get(cta) or queue.start(lengths, tables[cta], per_section[0])
+        cursors[cta], item = queue.find(lengths, tables[cta], cursor, ticket, *per_section)
+        if item.num_rows <= 0:
+            continue
+        r = owner[item.q_row]
+        query = item.q_row - q_at[r]
+        block = query * rows_per_query // tile_q
+        assert query * rows_per_query == block * tile_q
+        assert item.num_rows == (qo[r] - query) * rows_per_query
+        assert (item.kv_len, item.first_pos) == (kv[r], kv[r] - qo[r] + query)
+        if layout != "single":
+            assert item.kv_begin == kv_at[r]
+            assert item.num_pages == (pages[r] if layout == "paged" else 0)
+        key = (r, block, item.head, item.split)
+        assert key not in seen, f"{key} handed out by tickets {seen[key]} and {ticket}"
+        seen[key] = ticket
+        drawn.append((cta, counter))
+        counter += 1
+    expected = {
+        (r, block, head, split)
+        for r in range(len(qo))
+        for block in range(-(-qo[r] * rows_per_query // tile_q))
+        for head in range(heads)
+        for split in range(splits)
+    }
+    assert seen.keys() == expected
+    assert sorted(seen.values()) == list(range(len(seen)))
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["single", "ragged", "paged"])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_item_once(queue, layout, seed):
+    rng = random.Random(seed)
+    for _ in range(2):
+        batch = 1 if layout == "single" else rng.choice([1, 2, 5, 31, 32, 33, 70])
+        longest = rng.choice([1, 130, 700]) if batch > 5 else rng.choice([1, 130, 700, 5000])
+        qo = [rng.choice([0, rng.randint(0, longest), rng.randint(0, longest)]) for _ in range(batch)]
+        kv = [rng.choice([n, n + rng.randint(0, 3000), rng.randint(0, 2 * longest)]) for n in qo]
+        group = rng.choice([1, 4, 8])
+        tickets(
+            queue, layout, qo, kv, rng.choice([1, 2, 3]), group, causal=rng.random() < 0.6, pack=rng.random() < 0.5,
+            splits=rng.choice([1, 1, 3]), tile_q=rng.choice([128, 192]), ctas=rng.choice([1, 3, 132]),
+            budget=rng.choice([None, 100, 3000]), rng=rng,
+        )  # fmt: skip
+
+
+def test_runs_dry_on_cheap_items(queue):
+    """Under a causal mask the last items, one per SM, cost a fraction of the dearest."""
+    for qo in ([2048] * 8, [4096, 100, 3000, 700, 2500, 4000]):
+        seen = tickets(queue, "ragged", qo, qo, kv_heads=16, rng=random.Random(0))
+        cost = {ticket: block + 1 for (_, block, _, _), ticket in seen.items()}
+        assert max(cost[t] for t in range(len(cost) - 132, len(cost))) <= max(cost.values()) / 4
+        assert cost[0] == max(cost.values())
+
+
+def test_single_agrees_with_ragged(queue):
+    """One request has the same order with and without metadata."""
+    for group, pack in ((1, False), (4, True)):
+        args = ([5000], [6000], 4, group)
+        one = tickets(queue, "single", *args, pack=pack, rng=random.Random(1))
+        assert one == tickets(queue, "ragged", *args, pack=pack, rng=random.Random(2))
