@@ -17,11 +17,11 @@ import torch
 from ..checks import check_heads, check_positive, check_tensor, refuse
 from ..errors import ConfigError, ShapeError, fail
 from ..paged.cache import unpack_run_arguments
-from ..paged.tables import PageTable
+from ..paged.tables import PageTable, get_seq_lens
 from .metadata import check_table, page_table
 from .options import Options, Scale, scale_arguments
 from .single import attend
-from .wrapper import BatchAttentionWrapper, Planned, refuse_peer_options
+from .wrapper import BatchAttentionWrapper, Planned, is_batch_invariant, refuse_peer_options
 
 
 def single_decode_with_kv_cache(
@@ -69,7 +69,8 @@ def single_decode_with_kv_cache(
         ShapeError, DTypeError, DeviceError, LayoutError: an argument does not fit. UnsupportedConfigError: no kernel for it.
     """
     call = "single_decode_with_kv_cache()"
-    check_tensor(call, "q", q, {"num_qo_heads": None, "head_dim": None})
+    if type(q) is not torch.Tensor or q.dim() != 2:
+        check_tensor(call, "q", q, {"num_qo_heads": None, "head_dim": None})
     options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
     out, lse = attend(
         call,
@@ -87,7 +88,7 @@ def single_decode_with_kv_cache(
         lse_base=lse_base,
         backend=backend,
     )
-    return (out[0], lse[0]) if lse is not None else out[0]
+    return out.squeeze(0) if lse is None else (out.squeeze(0), lse.squeeze(0))
 
 
 class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
@@ -202,7 +203,13 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
             validate: metadata on the CPU is always checked. On the GPU it is fetched in one copy and checked, unless this is False,
                 ``CUTE_INFER_VALIDATE=0``, or a stream capture is under way; then nothing synchronises, and :meth:`check` reports
                 page ids outside the cache.
-            non_blocking, fixed_split_size, disable_split_kv: accepted; results are bitwise repeatable for a batch size as they are.
+            fixed_split_size (a positive number), disable_split_kv: either selects batch-invariant results. Results are always bitwise
+                repeatable for one batch size; in this mode a request's ``out`` and ``lse`` have the same bits whatever the batch size,
+                its slot in the batch, its neighbours and their lengths, its page ids, and whether run() is eager or replayed from a
+                graph. They depend on the request's own q, KV and length, the options, the model's shapes and dtypes, the GPU model and
+                the version of this package. The kernel is then tiled for a batch that fills the device and KV is never split over
+                partials in memory, so a batch of a few requests runs slower. The size itself is not used.
+            non_blocking: accepted, without effect.
 
         Raises:
             PageTableError: the page table contradicts itself. ShapeError, DTypeError, LayoutError: an argument does not fit.
@@ -222,6 +229,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
             q_len_per_req,
             options,
             page_ids=check_table(table, page_size, max_pages, validate),
+            batch_invariant=is_batch_invariant(fixed_split_size, disable_split_kv),
         )
         self._publish(planned, options, table, q_len_per_req, in_place=False)
 
@@ -237,6 +245,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         q_len_per_req: int,
         options: Options,
         page_ids: tuple[int, int] | None = None,
+        batch_invariant: bool = False,
     ) -> tuple[Planned, Options]:
         check_positive("plan()", head_dim=head_dims[0], q_len_per_req=q_len_per_req)
         check_heads("plan()", *heads)
@@ -269,6 +278,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
             o_dtype=o_dtype,
             total_q=batch_size * q_len_per_req,
             page_ids=None if self._use_cuda_graph else page_ids,  # a graph's buffers change behind our back
+            batch_invariant=batch_invariant,
         )
         return planned, options._replace(causal=q_len_per_req > 1)
 
@@ -319,6 +329,10 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         Raises:
             PlanError: no plan(). ShapeError, DTypeError, DeviceError: q or the cache is not what plan() was told.
         """
+        if not args and lse is window_left is q_len_per_req is kv_cache_sf is skip_softmax_threshold_scale_factor is None:
+            result = self._repeat(paged_kv_cache, q, q_scale, k_scale, v_scale, out, return_lse, sinks, lse_base)
+            if result is not None:
+                return result
         refuse_peer_options("run()", kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor)
         k, v, args = unpack_run_arguments("run()", paged_kv_cache, args, self._kv_layout)
         if q_len_per_req is not None and q_len_per_req != self._q_len_per_req:
@@ -403,7 +417,15 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         dtypes = (q_data_type, kv_data_type if kv_data_type is not None else data_type, o_data_type)
         options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         heads, dims = (num_qo_heads, num_kv_heads), (head_dim, None)
-        return self._workspace_bytes(*self._describe(len(last_page_len), heads, dims, page_size, dtypes, q_len_per_req, options))
+        invariant = is_batch_invariant(fixed_split_size, disable_split_kv)
+        batch_size = len(last_page_len)
+        described = self._describe(batch_size, heads, dims, page_size, dtypes, q_len_per_req, options, batch_invariant=invariant)
+        return self._workspace_bytes(*described)
+
+    def _kv_lens(self) -> torch.Tensor:
+        plan = self._planned()
+        indptr, last = self._paged_kv_indptr_buf[: plan.batch_size + 1].cpu(), self._paged_kv_last_page_len_buf[: plan.batch_size].cpu()
+        return get_seq_lens(indptr, last, plan.page_size)
 
     def _kv_metadata(self) -> dict[str, torch.Tensor]:
         return {
@@ -471,7 +493,9 @@ def fast_decode_plan(
     q_dtype = q_data_type or data_type or "float16"
     options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
     heads, dims, dtypes = (num_qo_heads, num_kv_heads), (head_dim, None), (q_dtype, kv_data_type or data_type, None)
-    planned, options = self._describe(len(last_page_len), heads, dims, page_size, dtypes, q_len_per_req, options)
+    invariant = is_batch_invariant(fixed_split_size, disable_split_kv)
+    batch_size = len(last_page_len)
+    planned, options = self._describe(batch_size, heads, dims, page_size, dtypes, q_len_per_req, options, batch_invariant=invariant)
     self._publish(planned, options, PageTable(indptr, indices, last_page_len), q_len_per_req, in_place=True)
 
 

@@ -47,12 +47,16 @@ def run_attention(
     window_left: int = -1,
     workspace: Workspace | None = None,
     backend: str = "auto",
-) -> None:
+    batch_invariant: bool = False,
+) -> Launch | None:
     """Write attention of ``q`` over ``k``, ``v`` into ``out`` (and ``lse``).
 
     Shapes as in ``device/args.py``: q ``[total_q, num_qo_heads, head_dim_qk]``, k and v ``[pages, page_size, num_kv_heads, head_dim]``
     (ragged and single: one page that holds every token), out ``[total_q, num_qo_heads, head_dim_vo]``, lse ``[total_q, num_qo_heads]``
     fp32. Everything has been checked by the caller.
+
+    Returns:
+        The launch, to be repeated with other tensors of the same shapes and the same metadata; None when there is nothing to repeat.
 
     Raises:
         UnsupportedConfigError: CUDA tensors and no kernel covers ``spec``.
@@ -61,32 +65,87 @@ def run_attention(
     scalars = (sm_scale, out_scale, soft_cap, lse_scale, rope_scale, rope_theta, window_left)
     if torch.compiler.is_compiling() and backend != "reference":
         status = workspace.status if workspace is not None else None
-        torch.ops.cute_infer.attention(*tensors, status, spec.to_string(), batch_size, *scalars)
+        torch.ops.cute_infer.attention(*tensors, status, spec.to_string(), batch_size, *scalars, batch_invariant)
     elif q.is_cuda and backend != "reference":
-        _launch(spec, batch_size, tensors, scalars, workspace)
+        return _launch(spec, batch_size, tensors, scalars, workspace, batch_invariant)
     else:
         _reference(spec, tensors, scalars, workspace.status if workspace is not None else None)
+    return None
 
 
-def _launch(spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple, workspace: Workspace | None) -> None:
+class Launch:
+    """A launch of a kernel, ready to be repeated: what no later run() of the same plan changes, sorted out once.
+
+    The arguments of a kernel (``device/args.py``) are q, k, v, out, lse, then the metadata, sinks, the rest of the tensors, two scales and
+    the remaining scalars; the tuples kept here are what lies between those that change.
+    """
+
+    __slots__ = ("bound", "between", "workspace_tensors", "scalars", "lse_scale", "lse", "sinks", "looks", "device_index")
+
+    def __init__(self, bound: BoundKernel, args: tuple) -> None:
+        q, k, v, _, lse = args[:5]
+        self.bound = bound
+        self.between = args[5:11]  # qo_indptr ... mask_indptr
+        self.sinks = args[11] is not None
+        self.workspace_tensors = args[12:17]  # k_scale, v_scale, out_partial, lse_partial, status
+        self.scalars = args[19:]  # soft_cap ... num_ctas
+        self.lse_scale: float = args[20]
+        self.lse = lse is not None
+        self.looks = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
+        self.device_index = q.get_device()
+
+    def fits(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether q, k and v look like those of the first launch. Anything else, and what is not a tensor, wants a thorough check."""
+        index = self.device_index
+        try:
+            return (
+                (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype) == self.looks
+                and q.get_device() == index
+                and k.get_device() == index
+                and v.get_device() == index
+            )
+        except AttributeError:
+            return False
+
+    def repeat(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        sm_scale: float,
+        out_scale: float,
+    ) -> None:
+        """Launch again; ``sm_scale`` is positive."""
+        args = (q, k, v, out, lse, *self.between, sinks, *self.workspace_tensors, sm_scale, out_scale, *self.scalars)
+        _run(self.bound, args)
+
+
+def _launch(
+    spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple, workspace: Workspace | None, batch_invariant: bool
+) -> Launch | None:
     q, k, v, out, lse = tensors[:5]
     total_q, num_qo_heads = q.shape[0], q.shape[1]
     if total_q == 0 or num_qo_heads == 0:
-        return  # a grid of zero CTAs is an error
+        return None  # a grid of zero CTAs is an error
+    repeatable = True
     sm_scale, out_scale, soft_cap, lse_scale, rope_scale, rope_theta, window_left = scalars
     if k.shape[0] * k.shape[1] == 0:  # a copy descriptor must describe something
         if spec.kv_layout == "single":
             out.zero_()
             if lse is not None:
                 lse.fill_(-math.inf)
-            return
+            return None
         k, v = (t.new_zeros((1, max(1, t.shape[1]), *t.shape[2:])) for t in (k, v))
-        tensors = (q, k, v, *tensors[3:])
+        tensors, repeatable = (q, k, v, *tensors[3:]), False
     if sm_scale <= 0.0:  # kernels take row maxima before they scale: q' = -q with a positive scale is the same attention
         tensors, sm_scale = (q * (-1.0 if sm_scale < 0.0 else 0.0), *tensors[1:]), -sm_scale or 1.0
+        repeatable = False
     if workspace is None:
-        workspace = _functional_workspace(q.device)
-    bound = workspace.bind(spec, batch_size, k.shape[2], total_q)
+        workspace, repeatable = _functional_workspace(q.device), False
+    bound = workspace.bind(spec, batch_size, k.shape[2], total_q, batch_invariant)
     split = bound.choice.tile.split_kv
     out_partial, lse_partial = workspace.partials(bound.num_splits, total_q, num_qo_heads, spec.head_dim_vo) if split else (None, None)
     args = (
@@ -104,12 +163,19 @@ def _launch(spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple
         bound.num_splits,
         bound.num_ctas,
     )
+    _run(bound, args)
+    return Launch(bound, args) if repeatable else None
+
+
+def _run(bound: BoundKernel, args: tuple) -> None:
+    """Launch the kernel and, when it splits KV, the merge of its partials."""
     try:
         bound.run(*args)
     except (ValueError, TypeError):
         _launch_aligned(bound, args)
-    if out_partial is not None and lse_partial is not None:
-        merge_partials(out_partial, lse_partial, out, lse, lse_scale)
+    out_partial, lse_partial = args[14], args[15]
+    if out_partial is not None:
+        merge_partials(out_partial, lse_partial, args[3], args[4], args[20])
 
 
 def _launch_aligned(bound: BoundKernel, args: tuple) -> None:
@@ -168,18 +234,18 @@ _lib.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor? qo_indptr, Tensor? kv_indptr, Tensor? kv_indices, "
     "Tensor? kv_last_page_len, Tensor? mask, Tensor? mask_indptr, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor(c!)? status, "
     "str spec, int batch_size, float sm_scale, float out_scale, float soft_cap, float lse_scale, float rope_scale, float rope_theta, "
-    "int window_left) -> ()"
+    "int window_left, bool batch_invariant) -> ()"
 )
 
 
 def _op_cuda(*args: Any) -> None:
-    tensors, status, spec, batch_size, scalars = args[:14], args[14], args[15], args[16], args[17:]
+    tensors, status, spec, batch_size, scalars, batch_invariant = args[:14], args[14], args[15], args[16], args[17:24], args[24]
     workspace = Workspace(status.device, status=status) if status is not None else None
-    _launch(AttentionSpec.from_string(spec), batch_size, tensors, scalars, workspace)
+    _launch(AttentionSpec.from_string(spec), batch_size, tensors, scalars, workspace, batch_invariant)
 
 
 def _op_cpu(*args: Any) -> None:
-    _reference(AttentionSpec.from_string(args[15]), args[:14], args[17:], args[14])
+    _reference(AttentionSpec.from_string(args[15]), args[:14], args[17:24], args[14])
 
 
 def _op_meta(*args: Any) -> None:
@@ -190,4 +256,4 @@ _lib.impl("attention", _op_cuda, "CUDA")
 _lib.impl("attention", _op_cpu, "CPU")
 _lib.impl("attention", _op_meta, "Meta")
 
-__all__ = ["Workspace", "run_attention"]
+__all__ = ["Launch", "Workspace", "run_attention"]

@@ -19,6 +19,9 @@ _INTS = (torch.int32, torch.int64)
 
 def index_array(call: str, name: str, array: torch.Tensor, length: int | None = None, meaning: str = "length") -> torch.Tensor:
     """``array`` is a 1-D integer tensor; int32 is kept as it is (and may be updated in place later), int64 is converted."""
+    if type(array) is torch.Tensor and array.dtype is torch.int32 and array.dim() == 1 and array.is_contiguous():
+        if length is None or array.shape[0] == length:  # the usual case, without the cost of describing what could be wrong
+            return array
     check_tensor(call, name, array, {meaning: length}, dtypes=_INTS)
     return array.to(torch.int32).contiguous()
 

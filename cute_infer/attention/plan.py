@@ -44,11 +44,13 @@ class Workspace:
         self._partials: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bound: BoundKernel | None = None
         self._bound_spec: AttentionSpec | None = None
-        self._bound_for: tuple[int, int, int] | None = None
+        self._bound_for: tuple[int, int, int, bool] | None = None
 
-    def bind(self, spec: AttentionSpec, batch_size: int, num_kv_heads: int, total_q: int) -> BoundKernel:
+    def bind(
+        self, spec: AttentionSpec, batch_size: int, num_kv_heads: int, total_q: int, batch_invariant: bool = False
+    ) -> BoundKernel:
         """:func:`bind`, remembered: hashing a spec costs more than the rest of a launch, so an unchanged batch compares by identity."""
-        shape = (batch_size, num_kv_heads, total_q)
+        shape = (batch_size, num_kv_heads, total_q, batch_invariant)
         if self._bound is None or self._bound_spec is not spec or self._bound_for != shape:
             self._bound = bind(spec, self.device, *shape)
             self._bound_spec, self._bound_for = spec, shape
@@ -84,32 +86,42 @@ def target_of(device: torch.device) -> Target:
     return Target.detect(device)
 
 
-def bind(spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int) -> BoundKernel:
+def bind(
+    spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int, batch_invariant: bool = False
+) -> BoundKernel:
     """Pick, load and size the kernel for a batch; compiles it the first time."""
+    if batch_invariant:
+        return _bind(spec, device, 1, num_kv_heads, 1, True)  # the batch is not looked at: one entry serves them all
     # Only the magnitude of total_q matters for a tile; rounding it up keeps the number of bound kernels small.
     rounded = 1 << (total_q - 1).bit_length() if total_q > 1 else total_q
-    return _bind(spec, device, batch_size, num_kv_heads, rounded)
+    return _bind(spec, device, batch_size, num_kv_heads, rounded, False)
 
 
 @functools.lru_cache(maxsize=8192)
-def _bind(spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int) -> BoundKernel:
+def _bind(
+    spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int, batch_invariant: bool
+) -> BoundKernel:
     sms = num_sms(device)
     target = target_of(device)
-    hints = Hints(batch_size, num_kv_heads, sms, total_q)
-    choice = pick(spec, target, hints)
+    choice = pick(spec, target, Hints(batch_size, num_kv_heads, sms, total_q, batch_invariant))
     kernel = get_kernel(choice.path, spec, choice.tile, target)
-    splits = 1
     if choice.tile.split_kv:
-        splits = choice.tile.num_splits(spec, hints)
-        load_partials_kernel(device, getattr(torch, spec.o_dtype), spec.head_dim_vo, spec.lse, splits)
-    return BoundKernel(kernel.fn, choice, splits, sms)
+        load_partials_kernel(device, getattr(torch, spec.o_dtype), spec.head_dim_vo, spec.lse, choice.num_splits)
+    return BoundKernel(kernel.fn, choice, choice.num_splits, sms)
 
 
-def workspace_bytes(spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int) -> int:
+def workspace_bytes(
+    spec: AttentionSpec, device: torch.device, batch_size: int, num_kv_heads: int, total_q: int, batch_invariant: bool = False
+) -> int:
     """Bytes of scratch a batch of this size uses for split-KV partials (at least one alignment unit)."""
     if device.type != "cuda":
         return 16
-    bound = bind(spec, device, batch_size, num_kv_heads, total_q)
-    if bound.num_splits == 1:
-        return 16
-    return 4 * bound.num_splits * total_q * num_kv_heads * spec.group_size * (spec.head_dim_vo + 1)
+    choice = bind(spec, device, batch_size, num_kv_heads, total_q, batch_invariant).choice
+    return max(16, partial_bytes(spec, choice, num_kv_heads, total_q))
+
+
+def partial_bytes(spec: AttentionSpec, choice: Choice, num_kv_heads: int, total_q: int) -> int:
+    """Bytes of the fp32 partials that ``choice`` leaves for the merge kernel; 0 when it does not split KV."""
+    if not choice.tile.split_kv:
+        return 0
+    return 4 * choice.num_splits * total_q * num_kv_heads * spec.group_size * (spec.head_dim_vo + 1)

@@ -26,7 +26,7 @@ from .options import Options, Scale, scale_arguments
 from .prefill_base import BatchPrefillBase, mask_arrays
 from .ragged import BatchPrefillWithRaggedKVCacheWrapper
 from .single import attend
-from .wrapper import refuse_multi_item_scoring, refuse_peer_options
+from .wrapper import is_batch_invariant, refuse_multi_item_scoring, refuse_peer_options
 
 
 def single_prefill_with_kv_cache(
@@ -235,8 +235,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
             custom_mask: bool, True = keep, each request's ``[qo_len, kv_len]`` flattened and concatenated; overrides causal.
                 packed_custom_mask: the same through ``segment_packbits(..., bitorder="little")``; overrides both.
             validate: as in the decode wrapper's plan().
-            use_fp16_qk_reduction, non_blocking, seq_lens_q, max_token_per_sequence, max_sequence_kv, fixed_split_size,
-                disable_split_kv: accepted, without effect.
+            fixed_split_size, disable_split_kv: batch-invariant results as in the decode wrapper's plan(); a request's own number of
+                query rows is among what they may depend on.
+            use_fp16_qk_reduction, non_blocking, seq_lens_q, max_token_per_sequence, max_sequence_kv: accepted, without effect.
             prefix_len_ptr, token_pos_in_items_ptr, max_item_len_ptr: refused (multi-item scoring).
 
         Raises:
@@ -268,6 +269,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
             custom_mask is not None or packed_custom_mask is not None,
             total_q,
             page_ids=page_ids,
+            batch_invariant=is_batch_invariant(fixed_split_size, disable_split_kv),
         )
         arrays = {
             "_qo_indptr_buf": qo_indptr,
@@ -314,6 +316,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
             ``out`` ``[qo_indptr[-1], num_qo_heads, head_dim_vo]``; with ``return_lse`` also ``lse`` ``[qo_indptr[-1], num_qo_heads]``
             fp32, base 2 (``lse_base="ln"``: natural). A row that sees no key gives 0 and -inf.
         """
+        rare = window_left is kv_cache_sf is skip_softmax_threshold_scale_factor is use_fp16_softmax is uses_spcompress is None
+        if rare and lse is None and not args:
+            result = self._repeat(paged_kv_cache, q, q_scale, k_scale, v_scale, out, return_lse, sinks, lse_base)
+            if result is not None:
+                return result
         refuse_peer_options(
             "run()",
             kv_cache_sf=kv_cache_sf,
@@ -418,9 +425,15 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
             (q_data_type, kv_data_type, o_data_type),
             custom_mask is not None or packed_custom_mask is not None,
             int(qo_indptr[-1]),
+            batch_invariant=is_batch_invariant(fixed_split_size, disable_split_kv),
         )
         options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         return self._workspace_bytes(planned, options)
+
+    def _kv_lens(self) -> torch.Tensor:
+        plan = self._planned()
+        indptr, last = self._paged_kv_indptr_buf[: plan.batch_size + 1].cpu(), self._paged_kv_last_page_len_buf[: plan.batch_size].cpu()
+        return get_seq_lens(indptr, last, plan.page_size)
 
     def _kv_metadata(self) -> dict[str, torch.Tensor]:
         return {

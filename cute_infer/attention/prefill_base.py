@@ -44,6 +44,7 @@ class BatchPrefillBase(BatchAttentionWrapper):
         total_q: int | None,
         total_kv: int | None = None,
         page_ids: tuple[int, int] | None = None,
+        batch_invariant: bool = False,
     ) -> Planned:
         head_dim_qk, head_dim_vo = head_dims[0], head_dims[1] or head_dims[0]
         check_positive("plan()", head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo)
@@ -65,6 +66,7 @@ class BatchPrefillBase(BatchAttentionWrapper):
             total_q=total_q,
             total_kv=None if self._use_cuda_graph else total_kv,
             page_ids=None if self._use_cuda_graph else page_ids,
+            batch_invariant=batch_invariant,
         )
 
     def _check_graph_limits(self, batch_size: int, total_q: int | None) -> None:

@@ -11,7 +11,7 @@ from ..checks import check_indptr, check_tensor, refuse
 from .metadata import host_view, index_array
 from .options import Options, Scale, scale_arguments
 from .prefill_base import BatchPrefillBase, mask_arrays
-from .wrapper import refuse_multi_item_scoring, refuse_peer_options
+from .wrapper import is_batch_invariant, refuse_multi_item_scoring, refuse_peer_options
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
@@ -118,6 +118,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
             custom_mask is not None or packed_custom_mask is not None,
             total_q,
             total_kv=int(host[1][-1]) if host is not None else None,
+            batch_invariant=is_batch_invariant(fixed_split_size, disable_split_kv),
         )
         arrays = {"_qo_indptr_buf": qo_indptr, "_kv_indptr_buf": kv_indptr}
         if custom_mask is not None or packed_custom_mask is not None:
@@ -157,6 +158,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
         Returns:
             ``out`` ``[qo_indptr[-1], num_qo_heads, head_dim_vo]``; with ``return_lse`` also ``lse`` fp32, base 2 (``"ln"``: natural).
         """
+        if not args and lse is window_left is kv_cache_sf is o_scale is None:
+            result = self._repeat((k, v), q, q_scale, k_scale, v_scale, out, return_lse, sinks, lse_base)
+            if result is not None:
+                return result
         refuse_peer_options("run()", kv_cache_sf=kv_cache_sf, o_scale=None if o_scale == 1.0 else o_scale)
         for name, x in (("k", k), ("v", v)):
             check_tensor("run()", name, x, {"num_tokens": None, "num_kv_heads": None, "head_dim": None})
@@ -209,6 +214,18 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
         """:meth:`forward`, with the log-sum-exp (base 2)."""
         self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         return self.run_return_lse(q, k, v)
+
+    def _usual_views(self, cache: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        k, v = cache
+        if type(k) is not torch.Tensor or type(v) is not torch.Tensor or k.dim() != 3 or v.dim() != 3:
+            return None
+        if self._kv_layout == "HND":
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+        return k.unsqueeze(0), v.unsqueeze(0)
+
+    def _kv_lens(self) -> torch.Tensor:
+        indptr = self._kv_indptr_buf[: self._planned().batch_size + 1].cpu()
+        return indptr[1:] - indptr[:-1]
 
     def _kv_metadata(self) -> dict[str, torch.Tensor]:
         return {"kv_indptr": self._kv_indptr_buf}

@@ -17,21 +17,40 @@ if TYPE_CHECKING:
     from ..jit import Target
 
 
+INVARIANT_QUERIES = 64  # queries per request of the batch that batch-invariant prefill is tiled for: long enough to fill a tile
+
+
 class Hints(NamedTuple):
-    """What the host knows about a batch. Lengths are not among it: they stay on the device."""
+    """What the host knows about a batch. Lengths are not among it: they stay on the device.
+
+    batch_invariant   the tile and the number of splits must not depend on ``batch_size`` and ``total_q``: see :meth:`settled`.
+    """
 
     batch_size: int
     num_kv_heads: int
     num_sms: int
     total_q: int = 0
+    batch_invariant: bool = False
+
+    def settled(self) -> Hints:
+        """The hints that tile tables may look at.
+
+        Batch-invariant mode shows them one and the same batch whatever the real one is: enough requests to fill the device twice, so
+        that no table splits KV into partials for the merge kernel. Only the model and the device are left to depend on.
+        """
+        if not self.batch_invariant:
+            return self
+        batch_size = -(-2 * self.num_sms // max(1, self.num_kv_heads))
+        return self._replace(batch_size=batch_size, total_q=batch_size * INVARIANT_QUERIES)
 
 
 class Choice(NamedTuple):
-    """A kernel ("module:Class", resolved only when it must be compiled) and its tile."""
+    """A kernel ("module:Class", resolved only when it must be compiled), its tile, and among how many splits it deals a request's KV."""
 
     name: str
     path: str
     tile: Any
+    num_splits: int = 1
 
 
 # Newest architecture first: the SM80 kernels run on everything later and are the fallback for what the SM90 kernels refuse.
@@ -48,11 +67,14 @@ def pick(spec: AttentionSpec, target: Target, hints: Hints) -> Choice:
         UnsupportedConfigError: every candidate refused; the message lists each one's reason.
     """
     reasons = []
+    hints = hints.settled()
     for candidate in CANDIDATES[spec.kind]:
+        name = candidate.PATH.rpartition(".")[2].partition(":")[0]
         reason = candidate.why_not(spec, target)
         if reason is None:
-            return Choice(candidate.PATH.rpartition(".")[2].partition(":")[0], candidate.PATH, candidate.choose(spec, target, hints))
-        reasons.append(f"{candidate.PATH.rpartition('.')[2].partition(':')[0]}: {reason}")
+            tile = candidate.choose(spec, target, hints)
+            return Choice(name, candidate.PATH, tile, tile.num_splits(spec, hints))
+        reasons.append(f"{name}: {reason}")
     fail(
         UnsupportedConfigError,
         f"no kernel for this attention on {target.arch}",

@@ -134,6 +134,8 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> PrefillSm90Tile:
     """The tile for ``spec``; call only where :func:`why_not` returned None."""
     _, _, num_stages, num_q_buffers, num_groups, _ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
+    if spec.window:
+        num_groups = 2  # with three the window's loop spills 96 bytes
     producer_regs, consumer_regs = _THREE_GROUPS if num_groups == 3 else _LEAN if spec.kv_layout == "single" else _SCAN
     pack = 64 % spec.group_size == 0 and spec.group_size > 1 and hints.total_q <= PACK_BELOW * hints.batch_size
     tile = PrefillSm90Tile(64 * num_groups, _tile_kv(spec), num_stages, num_q_buffers, num_groups, producer_regs, consumer_regs, pack)

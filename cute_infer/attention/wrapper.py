@@ -6,15 +6,18 @@ A wrapper remembers three kinds of things between calls, and only plan() changes
     options     causal, window, scales ... as plain attributes, read by every run()
     buffers     int32 metadata on the device, read live by the kernels; in CUDA-graph mode the caller's own tensors
 
-run() checks its inputs against the first, allocates the outputs and makes one call to ``launch.run_attention``.
+run() checks its inputs against the first, allocates the outputs and makes one call to ``launch.run_attention``. What that call found out
+is kept as a ``Launch``: while nothing it depends on changes, the next run() (the next layer) is that launch again with other tensors.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from ..checks import (
     KV_LAYOUTS,
@@ -29,18 +32,19 @@ from ..checks import (
     same_device,
 )
 from ..errors import ConfigError, DeviceError, PageTableError, PlanError, ShapeError, UnsupportedConfigError, fail
-from .launch import run_attention
+from .explain import Batch, Explanation, Request, chip_named, chip_of, explain
+from .launch import Launch, run_attention
 from .metadata import to_device
-from .options import Options, Scale, choose_backend, lse_scale, make_spec, parse_dtype, resolve_scales
+from .options import LSE_SCALE, Options, Scale, choose_backend, lse_scale, make_spec, parse_dtype, resolve_scales
 from .plan import Workspace, bind, workspace_bytes
 from .spec import AttentionSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """What plan() was told. ``None`` stands for what the host was not told: it is then not checked.
 
     total_q     rows of q.   total_kv  tokens of k and v (ragged).   page_ids  smallest and largest page id in use (paged).
+    batch_invariant   the kernel is chosen without looking at the batch.
     """
 
     kind: str
@@ -58,6 +62,7 @@ class Planned:
     total_q: int | None = None
     total_kv: int | None = None
     page_ids: tuple[int, int] | None = None
+    batch_invariant: bool = False
 
     @property
     def group_size(self) -> int:
@@ -72,6 +77,15 @@ class _PlanModule:
 
     def plan(self, *args: Any) -> list[int]:
         return [0]
+
+
+# Attributes that a run() reads besides its arguments. Engines assign to some of them, so a kept launch is dropped with any of them.
+_READ_BY_RUN = frozenset(
+    (
+        "_backend _plan_info _causal _pos_encoding_mode _window_left _logits_soft_cap _sm_scale _rope_scale _rope_theta _qo_indptr_buf "
+        "_paged_kv_indptr_buf _paged_kv_indices_buf _paged_kv_last_page_len_buf _kv_indptr_buf _custom_mask_buf _mask_indptr_buf"
+    ).split()
+)
 
 
 class BatchAttentionWrapper:
@@ -92,6 +106,7 @@ class BatchAttentionWrapper:
         jit_args: Any = None,
         jit_kwargs: Any = None,
     ) -> None:
+        self._launch: Launch | None = None  # what the last run() did, see _repeat
         call = type(self).__name__
         if workspace is not None and workspace_alias is not None:
             raise TypeError(f"{call}(): float_workspace_buffer and workspace_buffer are two names of one argument; pass one")
@@ -125,6 +140,11 @@ class BatchAttentionWrapper:
         if owned:
             self._use_device(owned[0].device)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in _READ_BY_RUN:
+            object.__setattr__(self, "_launch", None)
+
     def _check_graph_buffers(self, call: str, buffers: dict[str, torch.Tensor | None]) -> None:
         for name in self._required_in_graph:
             buffer = buffers.get(name)
@@ -156,7 +176,8 @@ class BatchAttentionWrapper:
             return "reference"
         plan = self._plan_info
         spec = self._spec or self._make_spec(self._get_options(), plan.head_dim_vo or plan.head_dim_qk)
-        return bind(spec, self._device, plan.batch_size, plan.num_kv_heads, plan.total_q or plan.batch_size).choice.name
+        total_q = plan.total_q or plan.batch_size
+        return bind(spec, self._device, plan.batch_size, plan.num_kv_heads, total_q, plan.batch_invariant).choice.name
 
     def check(self) -> None:
         """Wait for the device and raise PageTableError if any run() since the last check met a page id outside the cache.
@@ -179,30 +200,81 @@ class BatchAttentionWrapper:
         """Use another workspace from the next run() on. There is no integer workspace; the second tensor is only kept."""
         self._float_workspace_buffer = float_workspace_buffer
         self._int_workspace_buffer = int_workspace_buffer
-        self._device = self._workspace = self._accepted = None
+        self._device = self._workspace = self._accepted = self._launch = None
         self._use_device(float_workspace_buffer.device)
 
     def end_forward(self) -> None:
         """Does nothing; FlashInfer once needed it."""
 
-    def __repr__(self) -> str:
-        mode = " cuda_graph" if self._use_cuda_graph else ""
-        if self._plan_info is None:
-            return f"<{type(self).__name__} {self._kv_layout}{mode}, not planned>"
-        plan = self._plan_info
+    def explain(self, target: str | None = None, *, lengths: bool = True) -> Explanation:
+        """What run() will do with the planned batch and what it should take; ``print()`` it. Nothing is compiled or launched.
+
+        Args:
+            target: explain for this GPU ("sm_90a": an H200, "sm_80": an A100) instead of the wrapper's device. It need not be there.
+            lengths: count bytes and predict a time, which needs the lengths: metadata on the GPU is then copied to the host, and the call
+                waits for it (never during a stream capture). False: the kernel, its tile and its grid only.
+
+        Returns:
+            An :class:`~cute_infer.attention.explain.Explanation`. The prediction is a roofline: bytes over memory bandwidth, for
+            prefill also operations over the tensor cores' peak, plus a launch. On the CPU ``kernel`` is ``"reference"``, without one.
+
+        Raises:
+            PlanError: no plan(). UnsupportedConfigError: no kernel for this attention on that GPU.
+        """
+        plan = self._planned("explain()")
+        if target is not None:
+            chip = chip_named(target)
+        else:
+            chip = chip_of(self._device) if self._device is not None and self._on_gpu() else None
+        requests = self._requests() if lengths else None
+        total_q = plan.total_q if plan.total_q is not None else sum(r.qo_len for r in requests) if requests else plan.batch_size
         spec = self._spec or self._make_spec(self._get_options(), plan.head_dim_vo or plan.head_dim_qk)
-        return f"<{type(self).__name__} {self._kv_layout}{mode} on {self._device or 'any device'}: batch_size={plan.batch_size} {spec}>"
+        batch = Batch(plan.batch_size, plan.num_kv_heads, total_q, self._window_left, plan.batch_invariant, requests)
+        return explain(spec, batch, chip)
+
+    def _on_gpu(self) -> bool:
+        return self._backend != "reference" and self._device is not None and self._device.type == "cuda"
+
+    def _requests(self) -> list[Request] | None:
+        """Lengths of the planned requests, fetched if need be; None where that is not possible."""
+        if self._on_gpu() and torch.cuda.is_current_stream_capturing():
+            return None
+        plan = self._planned("explain()")
+        kv_lens = self._kv_lens().tolist()[: plan.batch_size]
+        if plan.kind == "decode" or self._qo_indptr_buf is None:
+            return [Request(1, n) for n in kv_lens]
+        rows = self._qo_indptr_buf[: plan.batch_size + 1].cpu()
+        return [Request(*pair) for pair in zip((rows[1:] - rows[:-1]).tolist(), kv_lens)]
+
+    def _kv_lens(self) -> torch.Tensor:
+        raise NotImplementedError  # tokens of each request, from the metadata
+
+    def __repr__(self) -> str:
+        name, where = type(self).__name__, f"{self._kv_layout} on {self._device or 'any device'}"
+        if self._use_cuda_graph:
+            where += ", cuda_graph"
+        if self._plan_info is None:
+            return f"{name}(not planned, {where})"
+        try:
+            told = self.explain(lengths=False)
+        except UnsupportedConfigError:
+            return f"{name}(no kernel, batch_size={self._plan_info.batch_size}, {where})"
+        what = [told.kernel] if told.tile is None else [told.kernel, told.tile_text, told.grid_text]
+        return f"{name}({', '.join(what)}, batch_size={told.batch_size}, {told.spec}, {where})"
 
     # --------------------------------------------------------------------------------------------------------------------- for plan()
     def _set_options(self, options: Options) -> None:
         """Options live in plain attributes because engines read them."""
-        self._causal = options.causal
-        self._pos_encoding_mode = options.pos_encoding_mode
-        self._window_left = options.window_left
-        self._logits_soft_cap = options.logits_soft_cap or 0.0
-        self._sm_scale = options.sm_scale
-        self._rope_scale = options.rope_scale
-        self._rope_theta = options.rope_theta
+        vars(self).update(
+            _causal=options.causal,
+            _pos_encoding_mode=options.pos_encoding_mode,
+            _window_left=options.window_left,
+            _logits_soft_cap=options.logits_soft_cap or 0.0,
+            _sm_scale=options.sm_scale,
+            _rope_scale=options.rope_scale,
+            _rope_theta=options.rope_theta,
+            _launch=None,
+        )
 
     def _get_options(self) -> Options:
         return Options(
@@ -257,16 +329,17 @@ class BatchAttentionWrapper:
         elif not in_place:
             self._copy_into_buffers(arrays)
         self._set_options(options)
-        self._plan_info = planned
-        self._spec = self._accepted = None
+        vars(self).update(_plan_info=planned, _spec=None, _accepted=None)
         self._compile_ahead(planned, options)
 
     def _keep(self, arrays: dict[str, torch.Tensor]) -> None:
-        moved = to_device(list(arrays.values()), self._device) if self._device is not None else list(arrays.values())
-        for name in ("_custom_mask_buf", "_mask_indptr_buf"):
-            setattr(self, name, None)
-        for name, array in zip(arrays, moved):
-            setattr(self, name, array)
+        device = self._device
+        moved: Sequence[torch.Tensor] = list(arrays.values())
+        if device is not None and any(a.device != device for a in moved):
+            moved = to_device(moved, device)
+        vars(self).update(zip(arrays, moved), _launch=None)
+        if "_custom_mask_buf" not in arrays:
+            vars(self).update(_custom_mask_buf=None, _mask_indptr_buf=None)
 
     def _copy_into_buffers(self, arrays: dict[str, torch.Tensor]) -> None:
         for name, array in arrays.items():
@@ -291,11 +364,12 @@ class BatchAttentionWrapper:
         device = self._device
         if device is None or device.type != "cuda" or self._backend == "reference":
             return
-        if not planned.total_q or torch.compiler.is_compiling():
+        if not planned.total_q or is_compiling():
             return
         spec = self._make_spec(options, planned.head_dim_vo or planned.head_dim_qk)
         try:
-            self._use_device(device).bind(spec, planned.batch_size, planned.num_kv_heads, planned.total_q)
+            workspace = self._workspace or self._use_device(device)
+            workspace.bind(spec, planned.batch_size, planned.num_kv_heads, planned.total_q, planned.batch_invariant)
         except UnsupportedConfigError:
             if planned.head_dim_vo is not None:
                 raise  # otherwise V's dimension is not known yet, and run() has the last word
@@ -305,7 +379,7 @@ class BatchAttentionWrapper:
         device = self._device or torch.device("cpu")
         if self._backend == "reference":
             device = torch.device("cpu")
-        args = (planned.batch_size, planned.num_kv_heads, planned.total_q or planned.batch_size)
+        args = (planned.batch_size, planned.num_kv_heads, planned.total_q or planned.batch_size, planned.batch_invariant)
         spec = self._spec_of(planned, options, planned.head_dim_vo or planned.head_dim_qk)
         return workspace_bytes(spec, device, *args), 16
 
@@ -347,19 +421,19 @@ class BatchAttentionWrapper:
             lse,
         )
 
-    def _planned(self) -> Planned:
+    def _planned(self, call: str = "run()") -> Planned:
         if self._plan_info is None:
             fail(
                 PlanError,
-                f"run(): {type(self).__name__} has no plan",
-                expected="plan(...) before run(...)",
+                f"{call}: {type(self).__name__} has no plan",
+                expected=f"plan(...) before {call.replace('()', '(...)')}",
                 fix="call plan() with the batch's metadata once per batch",
             )
         return self._plan_info
 
     def _accept(self, plan: Planned, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Workspace:
         """Check run()'s inputs, unless they look like those of the last run(); the workspace on their device."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._check_inputs(plan, q, k, v)
             return self._settle(plan, q.device)
         looks = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
@@ -415,6 +489,87 @@ class BatchAttentionWrapper:
             what = f"run(): k has {k.shape[1]} tokens but plan() was called with kv_indptr[-1]={plan.total_kv}"
             fail(ShapeError, what, got=describe("k", k[0]), fix=replan)
 
+    def _repeat(
+        self,
+        cache: torch.Tensor | Sequence[torch.Tensor],
+        q: torch.Tensor,
+        q_scale: Scale,
+        k_scale: Scale,
+        v_scale: Scale,
+        out: torch.Tensor | None,
+        return_lse: bool,
+        sinks: torch.Tensor | None,
+        lse_base: str,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """The last run() again with other tensors and float scales, or None if it differs in more than that.
+
+        Every layer of a model makes the same call; this path costs it little more than the launch. It decides by looking, and whatever
+        it does not recognise (a wrong shape, a tensor scale, a rare spelling of the cache) goes the long way with all its checks.
+        """
+        if is_compiling():
+            return None
+        launch = self._launch
+        if launch is None:
+            return None
+        pair = self._usual_views(cache)
+        if pair is None:
+            return None
+        k, v = pair
+        if return_lse is not launch.lse or (sinks is not None) is not launch.sinks or LSE_SCALE.get(lse_base) != launch.lse_scale:
+            return None
+        if not launch.fits(q, k, v):
+            return None
+        sm_scale, out_scale = self._sm_scale, 1.0
+        if sm_scale is None:
+            sm_scale = self._default_sm_scale
+        if q_scale is not None or k_scale is not None or v_scale is not None:  # as resolve_scales folds them
+            for scale in (q_scale, k_scale):
+                if scale is not None:
+                    if type(scale) is not float:
+                        return None
+                    sm_scale *= scale
+            if v_scale is not None:
+                if type(v_scale) is not float:
+                    return None
+                out_scale = v_scale
+        if sm_scale <= 0.0:
+            return None
+        plan = self._plan_info
+        assert plan is not None
+        shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo or v.shape[3])
+        if out is None:
+            if q.dtype is plan.o_dtype and shape == q.shape and q.is_contiguous():
+                out = torch.empty_like(q)  # half the cost of empty()
+            else:
+                out = torch.empty(shape, dtype=plan.o_dtype, device=q.device)
+        elif out.shape != shape or out.dtype is not plan.o_dtype or out.get_device() != launch.device_index:
+            return None
+        if sinks is not None and (
+            sinks.shape != shape[1:2] or sinks.dtype is not torch.float32 or sinks.get_device() != launch.device_index
+        ):
+            return None
+        lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+        launch.repeat(q, k, v, out, lse, sinks, sm_scale, out_scale)
+        return out if lse is None else (out, lse)
+
+    def _usual_views(self, cache: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What ``split_kv_cache`` makes of the two usual spellings, a pair of 4-D tensors and one 5-D tensor; None for others.
+
+        ``Launch.fits`` looks at the result, so only what would make another call fail in a way of its own is looked at here.
+        """
+        if type(cache) is tuple:
+            if len(cache) != 2:
+                return None
+            k, v = cache
+            if self._kv_layout == "NHD":
+                return k, v
+            if type(k) is not torch.Tensor or type(v) is not torch.Tensor or k.dim() != 4 or v.dim() != 4:
+                return None
+            return k.transpose(1, 2), v.transpose(1, 2)
+        if type(cache) is not torch.Tensor or cache.dim() != 5 or cache.shape[1] != 2:
+            return None
+        return (cache if self._kv_layout == "NHD" else cache.transpose(2, 3)).unbind(1)
+
     def _execute(
         self,
         q: torch.Tensor,
@@ -444,7 +599,7 @@ class BatchAttentionWrapper:
         spec = self._spec = self._spec_of(
             plan, options, head_dim_vo, sinks is not None, scales.k_scale is not None, scales.v_scale is not None, lse is not None
         )
-        run_attention(
+        launch = run_attention(
             spec,
             q,
             k,
@@ -468,13 +623,25 @@ class BatchAttentionWrapper:
             window_left=options.window_left,
             workspace=workspace,
             backend="reference" if self._backend == "reference" else "auto",
+            batch_invariant=plan.batch_invariant,
         )
+        if launch is not None and scales.k_scale is None and scales.v_scale is None and options.window_left == self._window_left:
+            self._default_sm_scale = 1.0 / math.sqrt(plan.head_dim_qk)
+            self._launch = launch
         return (out, lse) if return_lse and lse is not None else out
 
     def _kv_metadata(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError  # each wrapper names the arrays its kernels read
 
-    # set through _set_options, _keep and __init__
+    # set through _set_options, _keep, _execute and __init__
+    _causal: bool
+    _pos_encoding_mode: str
+    _window_left: int
+    _logits_soft_cap: float
+    _sm_scale: float | None
+    _rope_scale: float | None
+    _rope_theta: float | None
+    _default_sm_scale: float
     _qo_indptr_buf: torch.Tensor | None
     _custom_mask_buf: torch.Tensor | None
     _mask_indptr_buf: torch.Tensor | None
@@ -500,6 +667,11 @@ def make_outputs(
     elif want_lse:
         lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device)
     return out, lse
+
+
+def is_batch_invariant(fixed_split_size: int | None, disable_split_kv: bool) -> bool:
+    """Whether plan()'s two split options ask for batch-invariant results; a ``fixed_split_size`` of -1 says no, as with FlashInfer."""
+    return disable_split_kv or (fixed_split_size is not None and fixed_split_size > 0)
 
 
 def refuse_peer_options(call: str, **options: Any) -> None:

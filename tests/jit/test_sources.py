@@ -81,8 +81,7 @@ def test_ways_to_import(app, text, imported):
 
 
 def test_finding_agrees_with_parsing(monkeypatch):
-    """For every file of this package."""
-    files = sorted(sources.PACKAGE.rglob("*.py"))
+    files = kernel_sources()
     found = [sources._import_statements.__wrapped__(file.read_bytes()) for file in files]
 
     def doubt(text):
