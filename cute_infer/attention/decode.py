@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -23,7 +23,22 @@ from .options import Options, Scale, scale_arguments
 from .single import attend
 from .wrapper import BatchAttentionWrapper, Planned, is_batch_invariant, refuse_peer_options
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from .options import DecodeRunOptions, SingleDecodeOptions
+
+
+@overload
+def single_decode_with_kv_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[SingleDecodeOptions]
+) -> torch.Tensor: ...
+@overload
+def single_decode_with_kv_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True], **options: Unpack[SingleDecodeOptions]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def single_decode_with_kv_cache(*args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def single_decode_with_kv_cache(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -293,6 +308,33 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
             self._qo_indptr_buf.copy_(arrays["_qo_indptr_buf"], non_blocking=True)
         self._q_len_per_req = q_len_per_req
 
+    @overload
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        *args: torch.Tensor,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[DecodeRunOptions],
+    ) -> torch.Tensor: ...
+    @overload
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        *args: torch.Tensor,
+        return_lse: Literal[True],
+        **options: Unpack[DecodeRunOptions],
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @overload
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        *args: torch.Tensor,
+        return_lse: bool,
+        **options: Unpack[DecodeRunOptions],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
     def run(
         self,
         q: torch.Tensor,
@@ -329,7 +371,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         Raises:
             PlanError: no plan(). ShapeError, DTypeError, DeviceError: q or the cache is not what plan() was told.
         """
-        if not args and lse is window_left is q_len_per_req is kv_cache_sf is skip_softmax_threshold_scale_factor is None:
+        usual = lse is None and window_left is None and q_len_per_req is None and len(args) == 0
+        if usual and kv_cache_sf is None and skip_softmax_threshold_scale_factor is None:
             result = self._repeat(paged_kv_cache, q, q_scale, k_scale, v_scale, out, return_lse, sinks, lse_base)
             if result is not None:
                 return result
@@ -348,7 +391,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         self, q: torch.Tensor, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], *args: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`run` with ``return_lse=True``."""
-        return self.run(q, paged_kv_cache, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]
+        return self.run(q, paged_kv_cache, *args, **{**kwargs, "return_lse": True})
 
     def forward(
         self,
@@ -367,7 +410,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         """run() with the plan's options replaced by these (their defaults included), from this call on, as FlashInfer does."""
         causal = self._causal
         self._set_options(Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta))
-        return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)  # type: ignore[return-value]
+        return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
 
     def forward_return_lse(
         self,

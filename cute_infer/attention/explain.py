@@ -19,7 +19,8 @@ from .plan import num_sms, partial_bytes, target_of
 from .spec import DTYPE_BITS, AttentionSpec
 from .tiles import Choice, Hints, pick
 
-BANDWIDTH = 4.4e12  # bytes/s, where the device does not say: what decode attains of an H200's 4.8 TB/s
+BANDWIDTH = {"sm_80": 2.0e12}  # bytes/s of memory where there is no device to ask: A100 80 GB, from its data sheet
+BANDWIDTH_OTHERS = 4.4e12  # about what can be read of an H200's 4.8 TB/s
 LAUNCH_SECONDS = 3e-6  # an assumption: a launch in a graph, the first loads and the last stores of a kernel that does nothing else
 TENSOR_PEAK = {"sm_80": 312e12, "sm_90a": 989e12}  # dense fp16 and bf16 FLOP/s of A100 and H100 SXM, from their data sheets
 
@@ -159,7 +160,7 @@ def chip_of(device: torch.device) -> Chip:
     """The GPU ``device``, with the peak bandwidth of its memory where the driver tells."""
     properties = torch.cuda.get_device_properties(device)
     clock, width = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)  # kHz, bits
-    return Chip(target_of(device), num_sms(device), 2e3 * clock * width / 8 or BANDWIDTH)  # two transfers per clock
+    return Chip(target_of(device), num_sms(device), 2e3 * clock * width / 8 or BANDWIDTH_OTHERS)  # two transfers per clock
 
 
 def chip_named(arch: str) -> Chip:
@@ -167,7 +168,7 @@ def chip_named(arch: str) -> Chip:
     from ..zoo import NUM_SMS, NUM_SMS_OTHERS  # the zoo is built from the whole package
 
     target = Target.parse(arch)
-    return Chip(target, NUM_SMS.get(target.arch, NUM_SMS_OTHERS), BANDWIDTH)
+    return Chip(target, NUM_SMS.get(target.arch, NUM_SMS_OTHERS), BANDWIDTH.get(target.arch, BANDWIDTH_OTHERS))
 
 
 def _data(spec: AttentionSpec, batch: Batch, heads: int) -> dict[str, int]:
@@ -176,14 +177,15 @@ def _data(spec: AttentionSpec, batch: Batch, heads: int) -> dict[str, int]:
         visible = min(kv_len, batch.window_left + qo_len) if spec.window else kv_len
         tokens, longest = tokens + visible, max(longest, kv_len)
         # row i of a causal request misses the last qo_len - 1 - i keys (as far as there are keys)
-        hidden = sum(min(kv_len, i) for i in range(qo_len)) if spec.causal and kv_len < qo_len else qo_len * (qo_len - 1) // 2
-        pairs += qo_len * visible - (hidden if spec.causal else 0)
+        hidden = sum(min(kv_len, i) for i in range(qo_len)) if kv_len < qo_len else qo_len * (qo_len - 1) // 2
+        seen = qo_len * visible - (hidden if spec.causal else 0)
+        pairs += min(seen, qo_len * (batch.window_left + 1)) if spec.window else seen
     dims = spec.head_dim_qk + spec.head_dim_vo
     return {
         "kv_tokens": tokens,
         "longest": longest,
         "kv_bytes": tokens * batch.num_kv_heads * dims * spec.kv_bits // 8,
-        "flops": 2 * max(0, pairs) * heads * dims,
+        "flops": 2 * pairs * heads * dims,
     }
 
 

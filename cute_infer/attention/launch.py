@@ -107,6 +107,13 @@ class Launch:
         except AttributeError:
             return False
 
+    def suits(self, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether another argument is a tensor on the same device with this shape and dtype."""
+        try:
+            return tensor.shape == shape and tensor.dtype is dtype and tensor.get_device() == self.device_index
+        except AttributeError:
+            return False
+
     def repeat(
         self,
         q: torch.Tensor,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
 
@@ -19,6 +20,82 @@ Scale: TypeAlias = "float | torch.Tensor | None"
 BACKENDS = ("auto", "reference", "fa2", "fa3", "cudnn", "trtllm-gen", "cute-dsl", "xqa")
 
 LSE_SCALE = {"log2": 1.0, "ln": math.log(2.0)}
+
+
+class RunOptions(TypedDict, total=False):
+    """Keywords of every wrapper's run() but ``return_lse``, which decides about the result; for type checkers."""
+
+    q_scale: Scale
+    k_scale: Scale
+    v_scale: Scale
+    out: torch.Tensor | None
+    lse: torch.Tensor | None
+    enable_pdl: bool | None
+    window_left: int | None
+    sinks: torch.Tensor | None
+    lse_base: str
+
+
+class DecodeRunOptions(RunOptions, total=False):
+    """Those of the decode wrapper."""
+
+    q_len_per_req: int | None
+    kv_cache_sf: torch.Tensor | Sequence[torch.Tensor] | None
+    skip_softmax_threshold_scale_factor: float | None
+
+
+class PrefillRunOptions(RunOptions, total=False):
+    """Those of the paged prefill wrapper."""
+
+    kv_cache_sf: torch.Tensor | Sequence[torch.Tensor] | None
+    skip_softmax_threshold_scale_factor: float | None
+    use_fp16_softmax: bool | None
+    uses_spcompress: bool | None
+
+
+class RaggedRunOptions(RunOptions, total=False):
+    """Those of the ragged prefill wrapper."""
+
+    o_scale: float | None
+    kv_cache_sf: Sequence[torch.Tensor] | None
+
+
+class SingleOptions(TypedDict, total=False):
+    """Keywords of both single-request functions but ``return_lse``; for type checkers."""
+
+    kv_layout: str
+    pos_encoding_mode: str
+    k_scale: Scale
+    v_scale: Scale
+    window_left: int
+    logits_soft_cap: float | None
+    sm_scale: float | None
+    rope_scale: float | None
+    rope_theta: float | None
+    sinks: torch.Tensor | None
+    lse_base: str
+    backend: str
+
+
+class SingleDecodeOptions(SingleOptions, total=False):
+    """Those of single_decode_with_kv_cache."""
+
+    use_tensor_cores: bool
+    q_scale: Scale
+
+
+class SinglePrefillOptions(SingleOptions, total=False):
+    """Those of single_prefill_with_kv_cache."""
+
+    scale_q: torch.Tensor | None
+    scale_k: torch.Tensor | None
+    scale_v: torch.Tensor | None
+    o_dtype: torch.dtype | None
+    custom_mask: torch.Tensor | None
+    packed_custom_mask: torch.Tensor | None
+    causal: bool
+    use_fp16_qk_reduction: bool
+    kv_cache_sf: Sequence[torch.Tensor] | None
 
 
 class Options(NamedTuple):

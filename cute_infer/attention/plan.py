@@ -46,9 +46,7 @@ class Workspace:
         self._bound_spec: AttentionSpec | None = None
         self._bound_for: tuple[int, int, int, bool] | None = None
 
-    def bind(
-        self, spec: AttentionSpec, batch_size: int, num_kv_heads: int, total_q: int, batch_invariant: bool = False
-    ) -> BoundKernel:
+    def bind(self, spec: AttentionSpec, batch_size: int, num_kv_heads: int, total_q: int, batch_invariant: bool = False) -> BoundKernel:
         """:func:`bind`, remembered: hashing a spec costs more than the rest of a launch, so an unchanged batch compares by identity."""
         shape = (batch_size, num_kv_heads, total_q, batch_invariant)
         if self._bound is None or self._bound_spec is not spec or self._bound_for != shape:

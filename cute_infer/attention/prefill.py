@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -28,7 +28,22 @@ from .ragged import BatchPrefillWithRaggedKVCacheWrapper
 from .single import attend
 from .wrapper import is_batch_invariant, refuse_multi_item_scoring, refuse_peer_options
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from .options import PrefillRunOptions, SinglePrefillOptions
+
+
+@overload
+def single_prefill_with_kv_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[SinglePrefillOptions]
+) -> torch.Tensor: ...
+@overload
+def single_prefill_with_kv_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True], **options: Unpack[SinglePrefillOptions]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def single_prefill_with_kv_cache(*args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def single_prefill_with_kv_cache(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -286,6 +301,33 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
 
     begin_forward = plan
 
+    @overload
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        *args: torch.Tensor,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[PrefillRunOptions],
+    ) -> torch.Tensor: ...
+    @overload
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        *args: torch.Tensor,
+        return_lse: Literal[True],
+        **options: Unpack[PrefillRunOptions],
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @overload
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | Sequence[torch.Tensor],
+        *args: torch.Tensor,
+        return_lse: bool,
+        **options: Unpack[PrefillRunOptions],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
     def run(
         self,
         q: torch.Tensor,
@@ -316,8 +358,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
             ``out`` ``[qo_indptr[-1], num_qo_heads, head_dim_vo]``; with ``return_lse`` also ``lse`` ``[qo_indptr[-1], num_qo_heads]``
             fp32, base 2 (``lse_base="ln"``: natural). A row that sees no key gives 0 and -inf.
         """
-        rare = window_left is kv_cache_sf is skip_softmax_threshold_scale_factor is use_fp16_softmax is uses_spcompress is None
-        if rare and lse is None and not args:
+        usual = lse is None and window_left is None and use_fp16_softmax is None and uses_spcompress is None and len(args) == 0
+        if usual and kv_cache_sf is None and skip_softmax_threshold_scale_factor is None:
             result = self._repeat(paged_kv_cache, q, q_scale, k_scale, v_scale, out, return_lse, sinks, lse_base)
             if result is not None:
                 return result
@@ -339,7 +381,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
         self, q: torch.Tensor, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], *args: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`run` with ``return_lse=True``."""
-        return self.run(q, paged_kv_cache, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]
+        return self.run(q, paged_kv_cache, *args, **{**kwargs, "return_lse": True})
 
     def forward(
         self,
@@ -358,7 +400,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
     ) -> torch.Tensor:
         """run() with the plan's options replaced by these (their defaults included), from this call on."""
         self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale)  # type: ignore[return-value]
+        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale)
 
     def forward_return_lse(
         self,

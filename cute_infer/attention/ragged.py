@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -12,6 +12,11 @@ from .metadata import host_view, index_array
 from .options import Options, Scale, scale_arguments
 from .prefill_base import BatchPrefillBase, mask_arrays
 from .wrapper import is_batch_invariant, refuse_multi_item_scoring, refuse_peer_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import RaggedRunOptions
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
@@ -129,6 +134,30 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
 
     begin_forward = plan
 
+    @overload
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *args: torch.Tensor,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[RaggedRunOptions],
+    ) -> torch.Tensor: ...
+    @overload
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *args: torch.Tensor,
+        return_lse: Literal[True],
+        **options: Unpack[RaggedRunOptions],
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @overload
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: torch.Tensor, return_lse: bool, **options: Unpack[RaggedRunOptions]
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
     def run(
         self,
         q: torch.Tensor,
@@ -158,7 +187,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
         Returns:
             ``out`` ``[qo_indptr[-1], num_qo_heads, head_dim_vo]``; with ``return_lse`` also ``lse`` fp32, base 2 (``"ln"``: natural).
         """
-        if not args and lse is window_left is kv_cache_sf is o_scale is None:
+        if lse is None and window_left is None and kv_cache_sf is None and o_scale is None and len(args) == 0:
             result = self._repeat((k, v), q, q_scale, k_scale, v_scale, out, return_lse, sinks, lse_base)
             if result is not None:
                 return result
@@ -177,7 +206,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`run` with ``return_lse=True``."""
-        return self.run(q, k, v, *args, **{**kwargs, "return_lse": True})  # type: ignore[return-value]
+        return self.run(q, k, v, *args, **{**kwargs, "return_lse": True})
 
     def forward(
         self,
@@ -195,7 +224,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
     ) -> torch.Tensor:
         """run() with the plan's options replaced by these (their defaults included), from this call on."""
         self._override(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        return self.run(q, k, v)  # type: ignore[return-value]
+        return self.run(q, k, v)
 
     def forward_return_lse(
         self,

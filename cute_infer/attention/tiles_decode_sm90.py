@@ -24,6 +24,19 @@ SHARED_MEMORY_PER_SM = 228 * 1024  # 1 KiB of it per CTA is the system's
 SHARED_MEMORY_PER_CTA = 227 * 1024
 
 
+class Shape(NamedTuple):
+    """Warps of a CTA, slots of each warp's ring, and CTAs that share an SM."""
+
+    warps: int
+    stages: int
+    ctas_per_sm: int
+
+
+DEEP = Shape(4, 3, 2)  # three slots per warp, two CTAs of 4 warps per SM
+CROWDED = Shape(4, 2, 3)  # two slots, three CTAs: as many bytes in flight, and the last wave is finer
+ALONE = Shape(8, 2, 1)  # leaves registers and shared memory for the CTAs of the next launch, which start early
+
+
 class Rows(NamedTuple):
     """How the tokens of K or V lie in shared memory.
 
@@ -57,14 +70,12 @@ class DecodeSm90Tile:
     heads_per_item  neighbouring KV heads one CTA fetches together, so that the short rows of a token that lie side by side in an NHD cache
                     are read from DRAM at about the same time.
     ctas_per_sm     what the registers are budgeted for.
-    pdl             start while the previous kernel drains; everything it may have written is read after the dependency resolves.
-    early_metadata  with pdl, look up lengths and page ids before the dependency resolves, fetch with them right after it, and read them
-                    once more while the copies fly: had the previous kernel changed them, what came is dropped and fetched anew.
-                    Paged KV by TMA only.
+    early_metadata  look up lengths and page ids before the previous kernel has finished, fetch with them right after it has, and read them
+                    once more while the copies fly: had it changed them, what came is dropped and fetched anew. Paged KV by TMA only, and
+                    not with longest_first, whose order must not be built on lengths that still change.
     evict_first     KV copied by TMA leaves L2 first; wrong when another CTA will read the same KV.
     longest_first   CTAs that start early take the longest requests, so that no long one starts last. Every warp ranks its neighbourhood of
                     256 requests by live lengths; worth it when the grid runs in several waves.
-    async_merge     the slices of the merge are counted by a barrier of their receiver (st.async) instead of a barrier of the cluster.
     split_kv        several clusters share one item and leave fp32 partials for the merge kernel.
     """
 
@@ -75,11 +86,9 @@ class DecodeSm90Tile:
     head_tiles: int = 1
     heads_per_item: int = 1
     ctas_per_sm: int = 1
-    pdl: bool = True
     early_metadata: bool = False
     evict_first: bool = False
     longest_first: bool = False
-    async_merge: bool = False
     split_kv: bool = False
 
     def num_splits(self, spec: AttentionSpec, hints: Hints) -> int:
@@ -122,12 +131,13 @@ def smem_bytes(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
     heads = heads_per_block(spec, tile)
     rows = heads * tile.heads_per_item
     total = tile.warps * warp_region_bytes(spec, tile)
-    total += 16 * -(-8 * heads * tile.warps // 16)  # running maximum and sum of every warp
-    total += 16 * -(-8 * rows // 16)  # sink and output factor of every row
+    total = _round_up(total + 8 * heads * tile.warps, 16)  # running maximum and sum of every warp
+    total += 8 * rows  # sink and output factor of every row
+    total += 8 * (tile.warps * tile.stages + 1)  # mbarriers
     if tile.cluster > 1:
-        total += 4 * slice_elements(spec, tile) * tile.cluster  # slices pushed by the peers
+        total = _round_up(total, 16) + 4 * slice_elements(spec, tile) * tile.cluster  # slices pushed by the peers
         total += 8 * rows * tile.cluster  # their maxima and sums
-    return total + 16 * -(-8 * (tile.warps * tile.stages + 1) // 16)  # mbarriers
+    return total
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
@@ -157,45 +167,68 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
     """The tile for a batch whose lengths are unknown.
 
-    The grid has cluster x items CTAs. While the items do not fill the device once, the cluster makes up for it; a device filled several
-    times over balances mixed lengths by itself; in between a cluster of 4 keeps the last wave short. Times: one H200, 2026-11-22, 32/8
-    heads, head_dim 128, page 16, bf16 unless said (docs/kernels/decode_sm90.md). L x n is n tokens for each of L requests.
+    The grid has cluster x items CTAs. While the items do not fill the device, the cluster makes up for it; from several waves on, long
+    requests go first. A row serves every length, so the cells measured for one number of requests (512, 2048, 8192 tokens each, mixed
+    lengths) count together: that tile wins whose largest loss against the best tile of each cell is smallest, and of two that are within
+    2 points of each other the one with the smaller mean loss. docs/kernels/decode_sm90.md has the losses.
+
+    Times: one H200, 2026-11-22, 32/8 heads, head_dim 128, page 16, bf16 unless said. L x n is n tokens for each of L requests. The times of
+    2 x n and those called unsorted had a barrier of the cluster in the merge, which costs clusters of 4 and 8 up to 9 %.
     """
-    items = max(1, hints.batch_size * hints.num_kv_heads * head_blocks(spec, _tile(spec, 1, 4)))
-    if items <= 2:  # a tensor-parallel shard of one request. 1 x 131072, 8/1 heads, 16 splits: 22.5 us; clusters of 2, 64 splits: 22.9
-        return _tile(spec, 8, 4, split_kv=True)
-    if items <= hints.num_sms // 8:  # 1 x 2048: 5.5 us, 8 warps without pdl 5.6; 1 x 8192: 11.8, 11.5
-        return _tile(spec, 8, 4)
-    if items <= hints.num_sms // 4:  # 4 x 2048: 11.0 us, clusters of 4: 12.1. Half the SMs are free for the start of the next launch
-        return _tile(spec, 2, 8, stages=2)
-    if items <= hints.num_sms // 2:
-        return _tile(spec, 2, 8)
-    if items <= hints.num_sms:  # 16 x 512: 10.0 us, 16 x 2048: 33.4; without evict_first: 10.3, 33.6 or more
-        return _tile(spec, 1, 8, evict_first=True)
-    pair = 2 if spec.kv_bits == 8 and hints.num_kv_heads % 2 == 0 else 1  # fp8 64 mixed lengths, sorted: 4136 GB/s in pairs, 3932 alone
-    if items < 8 * hints.num_sms:  # 64 mixed lengths, arrival order: 4306 GB/s; 64 x 8192, page 64: 4434, clusters of 1: 4466
-        return _tile(spec, 4, 4, heads_per_item=pair, evict_first=True)
-    return _tile(spec, 1, 4, heads_per_item=pair, evict_first=True)  # 256 x 8192: 4523 GB/s
+    if hints.batch_invariant:  # how KV is dealt to warps decides the order of sums: the same for every batch size, model and device
+        return _tile(spec, 4, DEEP, evict_first=True)
+    sms, bf16 = hints.num_sms, spec.kv_bits == 16
+    items = max(1, hints.batch_size * hints.num_kv_heads * head_blocks(spec, _tile(spec, 1, DEEP)))
+    if items <= 2:  # a tensor-parallel shard of one request. 1 x 131072, 8/1 heads, 16 splits: 22.5 us, early 23.2; C2, 64 splits: 22.8
+        return _tile(spec, 8, DEEP, split_kv=True)
+    if items <= sms // 12:  # 1 x 512, 2048, 8192: 2.85, 5.15, 11.45 us, late 3.31, 5.33, 11.59; 1 x 32768: 36.5, with 8 warps 34.3
+        return _tile(spec, 8, DEEP, early=True)
+    if items <= sms // 6:  # 2 x 2048, 8192: 7.34, 19.4 us, early 7.48, 19.4; DEEP, early: 8.90, 27.1
+        return _tile(spec, 8, CROWDED)
+    if items <= sms // 4:  # 4 x 512, 2048, 8192: 5.07, 10.86, 34.5 us, early 5.09, 11.02, 34.9. 3 x 2048: 9.46, C4 DEEP 9.17, 4 x 2048 14.6
+        return _tile(spec, 2, ALONE)
+    if items <= sms // 2:  # 8 x 2048, 8192: 18.3, 63.8 us; C2 DEEP 18.7, 63.6. Early costs fp8 1 % at 4 x 2048, 3 % at 16 x 2048
+        return _tile(spec, 2, ALONE, early=bf16)
+    if items <= sms:  # 16 x 512, 2048, 8192: 10.1, 33.7, 124.8 us, C1 of 8 warps 9.8, 33.3, 124.2; but 24 mixed: 3279 GB/s, C1 2394
+        return _tile(spec, 2, DEEP, early=bf16, evict_first=True)
+    if items <= 2 * sms:  # 24 mixed: 4004 GB/s, unsorted 3827; C8 4110, but 64 x 512: 76.6 us, C4 47.2. fp8 24 mixed: 3480
+        return _tile(spec, 4, DEEP, evict_first=True, longest_first=True)
+    together = _heads_together(spec, hints)
+    if items < 8 * sms:
+        # 64 mixed: 4432 GB/s, DEEP 4391, unsorted 4304; 64 x 512: 39.1 us, 47.2, 44.0; 64 x 8192: 4332 GB/s, 4389, 4421.
+        # fp8: 64 mixed 3771 GB/s, DEEP 4082, unsorted 3772; 64 x 512: 24.3 us, 28.4, 26.5; 64 x 8192: 4244 GB/s, 4173, 4157.
+        return _tile(spec, 4, CROWDED, heads_per_item=together, evict_first=True, longest_first=True)
+    # As many CTAs as KV heads. 256 mixed: 4523 GB/s, unsorted 4342; 256 x 512: 125.0 us, unsorted 123.3, C4 CROWDED 137.6.
+    # fp8, C2 with two heads: 256 mixed 4374 GB/s, C1 unsorted 3746; 256 x 512: 73.3 us, 66.5.
+    return _tile(spec, together, DEEP, heads_per_item=together, evict_first=True, longest_first=True)
+
+
+def _heads_together(spec: AttentionSpec, hints: Hints) -> int:
+    """Heads whose rows of a token make up about 256 bytes: DRAM reads shorter pieces slower.
+
+    One H200, 2026-11-22, 64 x 8192, 1, 2, 4 heads: bf16 head_dim 64, C1: 4140, 4291 GB/s; fp8 head_dim 64, C1: 3272, 4003, 4135. fp8
+    head_dim 128, C4: 4100, 4173.
+    """
+    return next(heads for heads in (4, 2, 1) if heads == 1 or (heads * _row_bytes(spec) <= 256 and hints.num_kv_heads % heads == 0))
 
 
 def _tile(
     spec: AttentionSpec,
     cluster: int,
-    warps: int,
+    shape: Shape,
     *,
-    stages: int = 3,
     heads_per_item: int = 1,
     early: bool = False,
     evict_first: bool = False,
     longest_first: bool = False,
     split_kv: bool = False,
 ) -> DecodeSm90Tile:
-    """The deepest tile that fits: 2 CTAs per SM when asked for up to 4 warps and their rings get 2 slots or more, else 1 CTA per SM."""
+    """The tile of that shape, or of the next smaller one that fits the SM's registers and shared memory; no flag where it cannot apply."""
     # Two tiles of 8 heads (a group of up to 16) share each K and V fragment; wider heads have no registers for that.
     head_tiles = 2 if spec.group_size > COLUMNS and max(spec.head_dim_qk, spec.head_dim_vo) <= 128 else 1
     tile = DecodeSm90Tile(
         cluster=cluster,
-        warps=warps,
+        warps=4,
         stages=1,
         tokens=_tokens(spec),
         head_tiles=head_tiles,
@@ -205,13 +238,19 @@ def _tile(
         split_kv=split_kv,
     )
     tile = dataclasses.replace(tile, evict_first=evict_first and head_blocks(spec, tile) == 1)
-    # (warps, ctas_per_sm, stages). Rows beyond 256 bytes take 16 KiB per slot, so that less fits.
-    shapes = [(4, 2, stages), (4, 2, 2), (4, 1, 3)] if warps <= 4 else [(8, 1, stages), (8, 1, 2), (4, 1, 3)]
-    for warps, ctas_per_sm, stages in shapes:
-        candidate = dataclasses.replace(tile, warps=warps, ctas_per_sm=ctas_per_sm, stages=stages)
-        if smem_bytes(spec, candidate) <= min(SHARED_MEMORY_PER_CTA, SHARED_MEMORY_PER_SM // ctas_per_sm - 1024):
+    # Rows beyond 256 bytes take 16 KiB per slot, so that less fits.
+    for warps, stages, ctas_per_sm in (shape, DEEP, Shape(4, 2, 2), Shape(4, 3, 1)):
+        candidate = dataclasses.replace(tile, warps=warps, stages=stages, ctas_per_sm=ctas_per_sm)
+        if _fits(spec, candidate):
             return candidate
     raise AssertionError(f"no shape fits {spec}")
+
+
+def _fits(spec: AttentionSpec, tile: DecodeSm90Tile) -> bool:
+    """Whether ``ctas_per_sm`` CTAs have the shared memory, and their threads the registers (168 in three CTAs of 4 warps)."""
+    if tile.ctas_per_sm == 3 and (tile.head_tiles > 1 or max(spec.head_dim_qk, spec.head_dim_vo) > 128):
+        return False  # 175 and 203 registers
+    return smem_bytes(spec, tile) <= min(SHARED_MEMORY_PER_CTA, SHARED_MEMORY_PER_SM // tile.ctas_per_sm - 1024)
 
 
 def gathers(spec: AttentionSpec) -> bool:

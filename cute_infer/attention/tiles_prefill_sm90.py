@@ -74,7 +74,7 @@ _LEAN, _SCAN, _THREE_GROUPS = (24, 240), (40, 232), (32, 160)
 
 # (head_dim_qk, head_dim_vo): tile_kv of a contiguous K/V, tile_kv of paged K/V, stages, Q buffers, consumer groups, reason
 _TABLE = {
-    (64, 64): (128, 128, 3, 2, 3, "three groups: 498 -> 575 TFLOP/s, full 8k [H200, 2026-11-22, two stages]"),
+    (64, 64): (128, 128, 3, 2, 3, "three groups: 508 -> 587 TFLOP/s, full 8k; two stages 582, four 585, 96 keys 532 [H200, 2026-11-22]"),
     (80, 80): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 16 columns"),
     (96, 96): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 32 columns; a third group would spill"),
     (112, 112): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 16 columns"),
@@ -86,8 +86,10 @@ _TABLE = {
 
 # Splits cost a merge launch and fp32 partials (4 * splits * rows * (head_dim + 1) bytes), so they stop where a split has little to read.
 MAX_SPLITS = 32
-# Queries per request (on average) up to which packing the heads of a GQA group pays: one row in two of a 128-row tile would be empty at 64.
-PACK_BELOW = 512
+# Packing the heads of a GQA group pays below this many queries per request (average): of a tile's 128 rows more than half would be empty.
+# Packed / not, us: 32 x 16 over 4k 128 / 281, 1 x 128 over 32k 108 / 107, 8 x 128 over 8k 210 / 196; 1k and longer lose up to 5 % [H200,
+# 2026-11-22, groups of 4, causal].
+PACK_BELOW = 64
 
 
 def _items(tile: PrefillSm90Tile, spec: AttentionSpec, hints: Hints) -> int:
@@ -137,7 +139,7 @@ def choose(spec: AttentionSpec, target: Target, hints: Hints) -> PrefillSm90Tile
     if spec.window:
         num_groups = 2  # with three the window's loop spills 96 bytes
     producer_regs, consumer_regs = _THREE_GROUPS if num_groups == 3 else _LEAN if spec.kv_layout == "single" else _SCAN
-    pack = 64 % spec.group_size == 0 and spec.group_size > 1 and hints.total_q <= PACK_BELOW * hints.batch_size
+    pack = 64 % spec.group_size == 0 and spec.group_size > 1 and hints.total_q < PACK_BELOW * hints.batch_size
     tile = PrefillSm90Tile(64 * num_groups, _tile_kv(spec), num_stages, num_q_buffers, num_groups, producer_regs, consumer_regs, pack)
     if 2 * _items(tile, spec, hints) <= hints.num_sms:
         tile = dataclasses.replace(tile, split_kv=True)

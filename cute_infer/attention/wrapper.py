@@ -32,7 +32,7 @@ from ..checks import (
     same_device,
 )
 from ..errors import ConfigError, DeviceError, PageTableError, PlanError, ShapeError, UnsupportedConfigError, fail
-from .explain import Batch, Explanation, Request, chip_named, chip_of, explain
+from .explain import Batch, Chip, Explanation, Request, chip_named, chip_of, explain
 from .launch import Launch, run_attention
 from .metadata import to_device
 from .options import LSE_SCALE, Options, Scale, choose_backend, lse_scale, make_spec, parse_dtype, resolve_scales
@@ -223,7 +223,7 @@ class BatchAttentionWrapper:
         """
         plan = self._planned("explain()")
         if target is not None:
-            chip = chip_named(target)
+            chip: Chip | None = chip_named(target)
         else:
             chip = chip_of(self._device) if self._device is not None and self._on_gpu() else None
         requests = self._requests() if lengths else None
@@ -436,8 +436,11 @@ class BatchAttentionWrapper:
         if is_compiling():
             self._check_inputs(plan, q, k, v)
             return self._settle(plan, q.device)
-        looks = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-        if looks != self._accepted or self._workspace is None:
+        try:
+            looks = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+        except AttributeError:  # not a tensor: the check says which
+            looks = None
+        if looks is None or looks != self._accepted or self._workspace is None:
             self._check_inputs(plan, q, k, v)
             self._settle(plan, q.device)
             self._accepted = looks
@@ -542,11 +545,9 @@ class BatchAttentionWrapper:
                 out = torch.empty_like(q)  # half the cost of empty()
             else:
                 out = torch.empty(shape, dtype=plan.o_dtype, device=q.device)
-        elif out.shape != shape or out.dtype is not plan.o_dtype or out.get_device() != launch.device_index:
+        elif not launch.suits(out, shape, plan.o_dtype):
             return None
-        if sinks is not None and (
-            sinks.shape != shape[1:2] or sinks.dtype is not torch.float32 or sinks.get_device() != launch.device_index
-        ):
+        if sinks is not None and not launch.suits(sinks, shape[1:2], torch.float32):
             return None
         lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
         launch.repeat(q, k, v, out, lse, sinks, sm_scale, out_scale)
@@ -568,7 +569,8 @@ class BatchAttentionWrapper:
             return k.transpose(1, 2), v.transpose(1, 2)
         if type(cache) is not torch.Tensor or cache.dim() != 5 or cache.shape[1] != 2:
             return None
-        return (cache if self._kv_layout == "NHD" else cache.transpose(2, 3)).unbind(1)
+        k, v = (cache if self._kv_layout == "NHD" else cache.transpose(2, 3)).unbind(1)
+        return k, v
 
     def _execute(
         self,

@@ -10,6 +10,10 @@ import torch
 
 import cute_infer as fi
 from cute_infer.attention import decode as decode_module
+from cute_infer.attention import launch as launch_module
+from cute_infer.attention import plan as plan_module
+from cute_infer.attention import reference, tiles, tiles_decode_sm80
+from cute_infer.attention import wrapper as wrapper_module
 from cute_infer.attention.mask_bits import packbits, segment_packbits
 from tests.cases import DECODE, PREFILL, Case
 from tests.checks import assert_attention_close, torch_attention
@@ -448,3 +452,152 @@ def test_packbits(lengths, bitorder):
     packed, indptr = segment_packbits(x, offsets(lengths), bitorder)
     parts = [np.packbits(part.numpy(), bitorder=bitorder).tolist() for part in x.split(lengths)] if lengths else []
     assert packed.tolist() == sum(parts, []) and indptr.tolist() == offsets([len(p) for p in parts]).tolist()
+
+
+# -------------------------------------------------------------------------------------------------------------------- repeated launches
+class Launches:
+    """Stands for a GPU: CPU tensors take the way of CUDA tensors, and the reference computes what a kernel is told to by its arguments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.long_ways = self.kernels = 0
+        monkeypatch.setattr(plan_module, "_bind", self.bind)
+        monkeypatch.setattr(wrapper_module, "run_attention", self.run_attention)
+
+    def bind(self, spec, *_):
+        def kernel(q, k, v, out, lse, *rest):
+            self.kernels += 1
+            metadata, (sm_scale, out_scale, soft_cap, lse_scale, rope_rcp_scale, rope_log2_theta, window_left) = rest[:9], rest[12:19]
+            names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len", "mask", "mask_indptr", "sinks", "k_scale", "v_scale")
+            reference.attention(
+                spec, q, k, v, out, lse, **dict(zip(names, metadata)), sm_scale=sm_scale, out_scale=out_scale, soft_cap=soft_cap,
+                lse_scale=lse_scale, rope_scale=1 / rope_rcp_scale, rope_theta=2**rope_log2_theta, window_left=window_left, status=None,
+            )  # fmt: skip
+
+        choice = tiles.Choice("stub", "stub:Stub", tiles_decode_sm80.DecodeSm80Tile(4, 16, 2))
+        return plan_module.BoundKernel(kernel, choice, 1, 132)
+
+    def run_attention(self, spec, q, k, v, out, lse, *, batch_size, workspace, backend, batch_invariant, **rest):
+        self.long_ways += 1
+        tensors = "qo_indptr kv_indptr kv_indices kv_last_page_len mask mask_indptr sinks k_scale v_scale"
+        scalars = "sm_scale out_scale soft_cap lse_scale rope_scale rope_theta window_left"
+        args = (q, k, v, out, lse, *(rest.get(name) for name in tensors.split()))
+        return launch_module._launch(spec, batch_size, args, tuple(rest[name] for name in scalars.split()), workspace, batch_invariant)
+
+    def count(self, call):
+        """``(result, times the long way was taken)``; the kernel runs exactly once."""
+        long_ways, kernels = self.long_ways, self.kernels
+        result = call()
+        assert self.kernels == kernels + 1
+        return result, self.long_ways - long_ways
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    return Launches(monkeypatch)
+
+
+def entry_points(case: Case, batch: Batch):
+    ragged = fi.BatchPrefillWithRaggedKVCacheWrapper()
+    ragged.plan(batch.qo_indptr, batch.kv_indptr, *arguments(case)[:3])
+    k, v = pages(batch)
+    yield planned_decode(case, batch), ((k, v),), ((k * 2, v * 3),)
+    yield planned_decode(case, batch), (torch.stack([k, v], 1),), (torch.stack([k * 2, v * 3], 1),)
+    hnd = [x.transpose(1, 2).contiguous() for x in (k, v)]
+    yield planned_decode(case, batch, kv_layout="HND"), (tuple(hnd),), ((hnd[0] * 2, hnd[1] * 3),)
+    yield planned_decode(case, batch, kv_layout="HND"), (torch.stack(hnd, 1),), (torch.stack([hnd[0] * 2, hnd[1] * 3], 1),)
+    yield planned_prefill(case, batch), ((k, v),), ((k * 2, v * 3),)
+    yield ragged, (batch.k, batch.v), (batch.k * 2, batch.v * 3)
+
+
+@pytest.mark.parametrize("entry", range(6))
+def test_the_next_layer_repeats_the_launch(launches, entry):
+    case = Case("one-row-each", (9, 4), (1, 1))
+    batch = make_batch(case)
+    wrapper, first, second = list(entry_points(case, batch))[entry]
+    other_q = batch.q * 0.5
+    _, ways = launches.count(lambda: wrapper.run(batch.q, *first, return_lse=True))
+    assert ways == 1
+    (out, lse), ways = launches.count(lambda: wrapper.run(other_q, *second, return_lse=True, k_scale=0.5, v_scale=2.0))
+    assert ways == 0
+    wrapper._launch = None
+    (want, want_lse), ways = launches.count(lambda: wrapper.run(other_q, *second, return_lse=True, k_scale=0.5, v_scale=2.0))
+    assert ways == 1 and torch.equal(out, want) and torch.equal(lse, want_lse) and out.dtype == want.dtype
+    given = torch.empty_like(want)
+    (got, _), ways = launches.count(lambda: wrapper.run(strided(other_q), *second, return_lse=True, k_scale=0.5, v_scale=2.0, out=given))
+    assert ways == 0 and got is given and torch.equal(given, want)
+
+
+CHANGES = {
+    "sm_scale": lambda w, b: setattr(w, "_sm_scale", 0.3),
+    "soft cap": lambda w, b: setattr(w, "_logits_soft_cap", 1.5),
+    "lengths": lambda w, b: setattr(w, "_paged_kv_last_page_len_buf", torch.ones_like(b.last_page_len)),
+    "plan": lambda w, b: w.plan(*b.csr, 4, 2, 16, 4, sm_scale=0.4),
+    "workspace": lambda w, b: w.reset_workspace_buffer(torch.empty(64, dtype=torch.uint8), None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_run_reads_is_never_stale(launches, change):
+    """Engines assign to a wrapper's attributes; a launch kept from before must not hide it."""
+    case = Case("two", (9, 4), num_qo_heads=4, num_kv_heads=2, head_dim=16, page_size=4)
+    batch = make_batch(case)
+    wrapper, fresh = planned_decode(case, batch), planned_decode(case, batch)
+    before = wrapper.run(batch.q, pages(batch))
+    CHANGES[change](wrapper, batch)
+    CHANGES[change](fresh, batch)
+    out, ways = launches.count(lambda: wrapper.run(batch.q, pages(batch)))
+    assert ways == 1 and torch.equal(out, fresh.run(batch.q, pages(batch)))
+    assert change == "workspace" or not torch.equal(out, before)
+
+
+RUNS = {
+    "lse": dict(return_lse=True),
+    "ln": dict(return_lse=True, lse_base="ln"),
+    "window": dict(window_left=2),
+    "sinks": dict(sinks=torch.linspace(-1, 1, 4)),
+    "tensor scale": dict(k_scale=torch.tensor(0.5)),
+    "negative scale": dict(q_scale=-1.0),
+    "no scale": dict(q_scale=0.0),
+    "integer scale": dict(v_scale=2),
+    "float scale": dict(v_scale=2.0),
+    "plain": {},
+}
+
+
+def test_runs_that_differ_do_not_share_a_launch(launches):
+    case = Case("two", (9, 4), num_qo_heads=4, num_kv_heads=2, head_dim=16, page_size=4)
+    batch = make_batch(case)
+    fresh = lambda: planned_decode(case, batch)  # noqa: E731
+    want = {name: fresh().run(batch.q, pages(batch), **options) for name, options in RUNS.items()}
+    wrapper = fresh()
+    for first in RUNS:
+        for second in RUNS:
+            wrapper.run(batch.q, pages(batch), **RUNS[first])
+            got = wrapper.run(batch.q, pages(batch), **RUNS[second])
+            for a, b in zip(got, want[second], strict=True):
+                assert torch.equal(a, b), (first, second)
+
+
+def test_a_kept_launch_hides_no_error(launches):
+    case = Case("two", (9, 4), num_qo_heads=4, num_kv_heads=2, head_dim=16, page_size=4)
+    batch = make_batch(case)
+    wrapper = planned_decode(case, batch)
+    k, v = pages(batch)
+    wrapper.run(batch.q, (k, v))
+    wrong = [
+        (batch.q[:1], (k, v), {}, fi.ShapeError),
+        (batch.q.float(), (k, v), {}, fi.DTypeError),
+        (batch.q, (k[:, :3], v[:, :3]), {}, fi.ShapeError),
+        (batch.q, (k, v.float()), {}, fi.DTypeError),
+        (None, (k, v), {}, fi.DTypeError),
+        (batch.q, (k, v, v), {}, fi.DTypeError),
+        (batch.q, (k, v), dict(out=torch.empty(1, 4, 16).half()), fi.ShapeError),
+        (batch.q, (k, v), dict(out=torch.empty(2, 4, 16)), fi.DTypeError),
+        (batch.q, (k, v), dict(out=[]), fi.DTypeError),
+        (batch.q, (k, v), dict(sinks=torch.zeros(3)), fi.ShapeError),
+        (batch.q, (k, v), dict(lse_base="2"), fi.LayoutError),
+        (batch.q, (k, v), dict(return_lse=True, lse_base="2"), fi.LayoutError),
+    ]
+    for q, cache, options, error in wrong:
+        with pytest.raises(error):
+            wrapper.run(q, cache, **options)

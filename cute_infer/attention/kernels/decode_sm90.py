@@ -16,12 +16,12 @@ Roles
 Barriers
     full[warp][slot]    mbarrier: 1 arrival + the bytes of both slots (TMA), or 32 arrivals, each after a lane's copies (gather);
                         its phase is the lap of the ring
-    cluster arrive 1    on entry: "my shared memory exists"; waited for just before the first remote store
+    cluster barrier     arrive on entry: "my shared memory exists"; waited for just before the first remote store
     CTA barrier         every warp's partial result lies in shared memory
-    cluster barrier 2   every slice has been pushed to its owner; with ``async_merge`` instead
-    arrived             mbarrier: the bytes of all slices and row statistics that this CTA receives from its cluster
+    arrived             mbarrier: 1 arrival + the bytes of all slices and row statistics that this CTA receives from its cluster. Once it
+                        turns, nobody writes to this CTA any more, so it may finish and leave
 
-Order and overlap (tile flags)
+Order and overlap. The kernel starts while its predecessor drains and lets its successor start once its own copies fly; tile flags:
     ``longest_first``   the request axis of the grid is a rank by live length, so no long request starts last
     ``early_metadata``  lengths and page ids are looked up before the programmatic dependency resolves, copies start with them right after,
                         and the same words are read again while the copies fly; had they changed, what came is dropped and fetched anew
@@ -35,8 +35,8 @@ Maths of one slot, transposed so that the few query heads are the 8-wide side of
     nothing overflows and no bit of q is lost.
 
 Merge, in an order fixed by (warp, rank): every warp writes (max, sum, O) over its own ring; the CTA combines them and pushes slice i
-    of the item's outputs to CTA i of the cluster (st.shared::cluster); after the cluster barrier each CTA finishes its slice. Bitwise
-    repeatable, and a request's result does not depend on its neighbours.
+    of the item's outputs to CTA i of the cluster (st.async, counted by ``arrived`` there); each CTA finishes its slice when it is
+    complete. Bitwise repeatable, and a request's result does not depend on its neighbours.
 
 Shared memory (bf16, d 128, T 16, W 4, S 3, C 8, 4 heads): rings 4 * 3 * 8 KiB = 96 KiB, merge 2.5 KiB: two CTAs per SM.
 Registers: O^T takes head_dim_vo / 4 per head tile, Q head_dim_qk / 8; 0 spills for every tile the table offers.
@@ -159,7 +159,8 @@ class DecodeSm90:
         self.d_step, self.d_gap = (2, 1) if self.fp8 else (1, 8)
         assert tile.tokens % 16 == 0 and tile.warps % tile.heads_per_item == 0 and self.id_steps > 0, tile
         if tile.early_metadata:
-            assert tile.pdl and spec.kv_layout == "paged" and not self.gathers and tile.stages <= self.id_steps, tile
+            assert spec.kv_layout == "paged" and not self.gathers and tile.stages <= self.id_steps, tile
+            assert not tile.longest_first, tile  # lengths that may still change would give every CTA another order
         assert self.gathers or not spec.page_size or tile.tokens % self.box_tokens == 0 == spec.page_size % self.box_tokens, tile
 
     def abi(self) -> tuple:
@@ -215,7 +216,7 @@ class DecodeSm90:
             stream=stream,
             min_blocks_per_mp=tile.ctas_per_sm,
             preferred_smem_carveout=100,  # percent; left open, the compiler asks a GPU for its size
-            use_pdl=tile.pdl,
+            use_pdl=True,
         )  # fmt: skip
 
     def ring_layout(self, rows: Rows):
@@ -235,9 +236,7 @@ class DecodeSm90:
         page, token, head, _ = cache.layout.stride
         view = cute.make_tensor(
             cache.iterator,
-            cute.make_layout(
-                (cache.shape[1], panel, rows.panels, cache.shape[2], cache.shape[0]), stride=(token, 1, panel, head, page)
-            ),
+            cute.make_layout((cache.shape[1], panel, rows.panels, cache.shape[2], cache.shape[0]), stride=(token, 1, panel, head, page)),
         )
         box = cute.slice_(ring, (None, None, None, 0, (0, 0)))
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, box, (self.box_tokens, panel, rows.panels))
@@ -307,7 +306,7 @@ class DecodeSm90:
                 cute.arch.mbarrier_arrive_and_expect_tx(arrived, self.bytes_from_peers(rank))
             cute.arch.cluster_arrive_relaxed()
 
-        if const_expr(tile.pdl and not tile.early_metadata):
+        if const_expr(not tile.early_metadata):
             cute.arch.griddepcontrol_wait()
 
         item = self.find_item(num_splits, q, kv_indptr, window_left, lane)
@@ -338,8 +337,7 @@ class DecodeSm90:
                         ids = self.check_page_ids(work, next_ids, status)
                         next_ids = self.load_page_ids(work, kv_indices, Int32(i + self.id_steps), lane)
                     self.fill(copies, full, work, ids, Int32(i), Int32(i), warp, lane)
-        if const_expr(tile.pdl):
-            cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_launch_dependents()
 
         factor, slope = self.softmax_factors(item, work.kv_head, q, k_scale, sm_scale, soft_cap, lane)
         r_q = self.load_q(q, item, work.kv_head, factor, lane)
@@ -959,14 +957,6 @@ class DecodeSm90:
         return self.tile.cluster * (4 * mine + 8 * self.rows)
 
     @cute.jit
-    def push(self, address: Uint32, barrier: Uint32, peer: Int32, x: Float32, y: Float32):
-        """Two floats to the same shared-memory address of another CTA of the cluster."""
-        if const_expr(self.tile.async_merge):
-            push(address, barrier, peer, x, y)
-        else:
-            push_plain(address, peer, x, y)
-
-    @cute.jit
     def merge(
         self,
         memory: SmemAllocator,
@@ -1002,17 +992,13 @@ class DecodeSm90:
                 self.write(item, out, lse, lse_scale, s_row, row, column, top, total, x, y, work)
             else:
                 place = (s_slice.iterator + rank * self.slice + 2 * pair % self.slice).toint()
-                self.push(Uint32(place), Uint32(arrived.toint()), 2 * pair // self.slice, x, y)
+                push(Uint32(place), Uint32(arrived.toint()), 2 * pair // self.slice, x, y)
         if const_expr(tile.cluster > 1):
             for i in cutlass.range(thread, self.rows * tile.cluster, threads, unroll=1):
                 row, peer = i % self.rows, i // self.rows
                 top, weights, total = self.combine_warps(s_sum, row)
-                self.push(Uint32((s_peer.iterator + (rank * self.rows + row) * 2).toint()), Uint32(arrived.toint()), peer, top, total)
-            if const_expr(tile.async_merge):
-                cute.arch.mbarrier_wait(arrived, 0)  # everything this CTA was to get; nobody writes to it any more
-            else:
-                cute.arch.cluster_arrive()
-                cute.arch.cluster_wait()
+                push(Uint32((s_peer.iterator + (rank * self.rows + row) * 2).toint()), Uint32(arrived.toint()), peer, top, total)
+            cute.arch.mbarrier_wait(arrived, 0)  # everything this CTA was to get; nobody writes to it any more
             for i in cutlass.range(thread, self.slice // 2, threads, unroll=1):
                 pair = rank * (self.slice // 2) + i
                 if pair < pairs:
@@ -1141,15 +1127,6 @@ def push(address: Uint32, barrier: Uint32, peer: Int32, x: Float32, y: Float32):
         "{ .reg .u32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {{$r3}, {$r4}}, [b]; }",
         read_only_args=[address, barrier, Uint32(peer), x, y],
-    )
-
-
-@cute.jit
-def push_plain(address: Uint32, peer: Int32, x: Float32, y: Float32):
-    """Two floats to the same shared-memory address of another CTA of the cluster."""
-    cute.arch.inline_ptx(
-        "{ .reg .u32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; st.shared::cluster.v2.f32 [a], {{$r2}, {$r3}}; }",
-        read_only_args=[address, Uint32(peer), x, y],
     )
 
 
