@@ -5,6 +5,7 @@ Blocks of one page share a namespace, as a reader's session would. An HTML comme
     <!-- test: gpu -->      needs a GPU; only compiled here
     <!-- test: sketch -->   an excerpt that is not meant to run; only compiled here
     <!-- test: fresh -->    starts a new namespace
+    <!-- test: NAME -->     with the name of an optional package: runs where it is installed, is compiled where it is not
 
 The quick-start pages must hold the examples' code: English and Chinese differ in prose and comments only.
 """
@@ -12,6 +13,7 @@ The quick-start pages must hold the examples' code: English and Chinese differ i
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- *test: *(?P<mode>\w+) *-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+MODES = ("run", "gpu", "sketch", "fresh")
+OPTIONAL = ("transformers",)
 QUICKSTART_EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("0*.py"))
 
 
@@ -53,9 +57,9 @@ def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     namespace: dict[str, Any] = {"__name__": "docs"}
     for block in blocks(page):
-        assert block.mode in ("run", "gpu", "sketch", "fresh"), f"{page.name}:{block.line}: unknown mode {block.mode}"
+        assert block.mode in (*MODES, *OPTIONAL), f"{page.name}:{block.line}: unknown mode {block.mode}"
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")  # tracebacks show the page's line
-        if block.mode in ("gpu", "sketch"):
+        if block.mode in ("gpu", "sketch") or (block.mode in OPTIONAL and importlib.util.find_spec(block.mode) is None):
             continue
         if block.mode == "fresh":
             namespace = {"__name__": "docs"}
@@ -101,3 +105,26 @@ def test_errors_page_lists_every_class() -> None:
     listed = set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE))
     assert classes - listed == {"CuteInferError", "ConfigError"}  # the two bases
     assert not listed - classes
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+
+
+def test_command_line_page_lists_every_command_and_option() -> None:
+    from cute_infer import cli
+
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    commands = {name for name in cli.cli.commands if name != "cache"} | {f"cache {name}" for name in cli.cache.commands}
+    assert set(re.findall(r"^\| `cute-infer ((?:cache )?[\w-]+)", page, re.MULTILINE)) == commands
+    options = {parameter.opts[0] for parameter in cli.compile_command.params}
+    assert set(re.findall(r"^\| `(--[\w-]+)", page, re.MULTILINE)) == options
+
+
+def test_sampling_page_lists_every_function() -> None:
+    from cute_infer import sampling
+
+    page = (ROOT / "docs" / "sampling.md").read_text()
+    aliases = {"top_k_renorm_prob", "top_p_renorm_prob"}
+    assert not [name for name in sampling.__all__ if name not in aliases and not re.search(rf"`(sampling\.)?{name}`", page)]

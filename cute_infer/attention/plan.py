@@ -41,6 +41,7 @@ class Workspace:
         self.device = device
         self.buffer = buffer
         self.status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device=device) if status is None else status
+        self._grown: list[torch.Tensor] = []
         self._partials: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bound: BoundKernel | None = None
         self._bound_spec: AttentionSpec | None = None
@@ -64,12 +65,18 @@ class Workspace:
     def _allocate(self, shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         numel = math.prod(shape)
         rows = numel // shape[-1]
-        needed = 4 * (numel + rows)
+        words = self._scratch(4 * (numel + rows)).view(torch.float32)
+        return words[:numel].view(shape), words[numel : numel + rows].view(shape[:-1])
+
+    def _scratch(self, needed: int) -> torch.Tensor:
+        """At least ``needed`` bytes, 16-byte aligned."""
         buffer = self.buffer
-        if buffer is None or buffer.numel() * buffer.element_size() < needed or buffer.data_ptr() % 16:
-            buffer = torch.empty(needed, dtype=torch.uint8, device=self.device)
-        words = buffer.view(torch.uint8)[:needed].view(torch.float32)
-        return words[:numel].view(shape), words[numel:].view(shape[:-1])
+        if buffer is not None and buffer.data_ptr() % 16 == 0 and buffer.numel() * buffer.element_size() >= needed:
+            return buffer.view(torch.uint8)[:needed]
+        if not self._grown or self._grown[-1].numel() < needed:
+            # Powers of two, and older ones stay (together no larger than the newest): a captured graph may still write to them.
+            self._grown.append(torch.empty(1 << (needed - 1).bit_length(), dtype=torch.uint8, device=self.device))
+        return self._grown[-1]
 
 
 @functools.lru_cache(maxsize=64)

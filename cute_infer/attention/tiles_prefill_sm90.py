@@ -72,15 +72,15 @@ class PrefillSm90Tile:
 # Three consumer groups: 32*128 + 3*160*128 = 65,536 of 65,536.
 _LEAN, _SCAN, _THREE_GROUPS = (24, 240), (40, 232), (32, 160)
 
-# (head_dim_qk, head_dim_vo): tile_kv of a contiguous K/V, tile_kv of paged K/V, stages, Q buffers, consumer groups, reason
+# (head_dim_qk, head_dim_vo): tile_kv, stages, Q buffers, consumer groups, reason
 _TABLE = {
-    (64, 64): (128, 128, 3, 2, 3, "three groups: 508 -> 587 TFLOP/s, full 8k; two stages 582, four 585, 96 keys 532 [H200, 2026-11-22]"),
-    (80, 80): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 16 columns"),
-    (96, 96): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 32 columns; a third group would spill"),
-    (112, 112): (128, 128, 2, 2, 2, "as head_dim 128; blocks of 16 columns"),
-    (128, 128): (128, 128, 2, 2, 2, "Q 64 + O 32 + K/V 128 = 224 KiB; 128x160 was not faster [H200, 2026-11-22, prototype]"),
-    (192, 128): (128, 128, 2, 1, 2, "Q+O 48 + K/V 160 = 208 KiB; an O buffer of its own would leave 112 keys, which no page of 32 divides"),
-    (256, 256): (80, 64, 2, 1, 2, "Q+O 64 + K/V 160 = 224 KiB; O takes 128 registers. Paged: 64, the most that pages of 32 or 64 divide"),
+    (64, 64): (128, 3, 2, 3, "three groups: 508 -> 587 TFLOP/s, full 8k; two stages 582, four 585, 96 keys 532 [H200, 2026-11-22]"),
+    (80, 80): (128, 2, 2, 2, "as head_dim 128; blocks of 16 columns"),
+    (96, 96): (128, 2, 2, 2, "as head_dim 128; blocks of 32 columns; a third group would spill"),
+    (112, 112): (128, 2, 2, 2, "as head_dim 128; blocks of 16 columns"),
+    (128, 128): (128, 2, 2, 2, "Q 64 + O 32 + K/V 128 = 224 KiB; 128x160 was not faster [H200, 2026-11-22, prototype]"),
+    (192, 128): (128, 2, 1, 2, "Q+O 48 + K/V 160 = 208 KiB; an O buffer of its own would leave 112 keys, which no page of 32 divides"),
+    (256, 256): (64, 2, 1, 2, "Q+O 64 + K/V 128 = 192 KiB; causal 2k 668, 80 keys 660; 8k 797, 795; full within 1 % [H200, 2026-11-22]"),
 }
 
 
@@ -97,13 +97,6 @@ def _items(tile: PrefillSm90Tile, spec: AttentionSpec, hints: Hints) -> int:
     rows_per_query = spec.group_size if tile.pack_heads else 1
     blocks = max(hints.batch_size, -(-hints.total_q * rows_per_query // tile.tile_q))
     return blocks * hints.num_kv_heads * (spec.group_size // rows_per_query)
-
-
-def _tile_kv(spec: AttentionSpec) -> int:
-    contiguous, paged, *_ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
-    if spec.kv_layout == "paged" and contiguous % spec.page_size and spec.page_size % contiguous:
-        return paged
-    return contiguous
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
@@ -127,7 +120,7 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
     if spec.kv_layout == "paged":
         if spec.page_size < 16:
             return f"page_size={spec.page_size} is below 16 tokens, the smallest TMA box used here"
-        tile = _tile_kv(spec)
+        tile = _TABLE[spec.head_dim_qk, spec.head_dim_vo][0]
         if tile % spec.page_size and spec.page_size % tile:
             return f"page_size={spec.page_size} neither divides the KV tile of {tile} tokens nor is a multiple of it"
     return None
@@ -135,12 +128,12 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
 
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> PrefillSm90Tile:
     """The tile for ``spec``; call only where :func:`why_not` returned None."""
-    _, _, num_stages, num_q_buffers, num_groups, _ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
+    tile_kv, num_stages, num_q_buffers, num_groups, _ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
     if spec.window:
         num_groups = 2  # with three the window's loop spills 96 bytes
     producer_regs, consumer_regs = _THREE_GROUPS if num_groups == 3 else _LEAN if spec.kv_layout == "single" else _SCAN
     pack = 64 % spec.group_size == 0 and spec.group_size > 1 and hints.total_q < PACK_BELOW * hints.batch_size
-    tile = PrefillSm90Tile(64 * num_groups, _tile_kv(spec), num_stages, num_q_buffers, num_groups, producer_regs, consumer_regs, pack)
+    tile = PrefillSm90Tile(64 * num_groups, tile_kv, num_stages, num_q_buffers, num_groups, producer_regs, consumer_regs, pack)
     if 2 * _items(tile, spec, hints) <= hints.num_sms:
         tile = dataclasses.replace(tile, split_kv=True)
     assert tile.shared_bytes(spec.head_dim_qk, spec.head_dim_vo) <= MAX_SHARED_BYTES, tile

@@ -167,3 +167,11 @@ def test_single_agrees_with_ragged(queue):
         args = ([5000], [6000], 4, group)
         one = tickets(queue, "single", *args, pack=pack, rng=random.Random(1))
         assert one == tickets(queue, "ragged", *args, pack=pack, rng=random.Random(2))
+
+
+def test_full_attention_shares_keys(queue):
+    """A long full request goes head section by head section; inside one all heads walk the query blocks together, so CTAs share K and V."""
+    seen = tickets(queue, "single", [16384], [16384], 8, 4, causal=False, rng=random.Random(0))
+    sections = (range(16), range(16, 32))  # four KV heads of 16k tokens fit the L2 budget
+    expected = [(0, block, head, 0) for section in sections for block in reversed(range(128)) for head in section]
+    assert sorted(seen, key=seen.get) == expected
