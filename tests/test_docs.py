@@ -38,9 +38,7 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    return [
-        Block(m["mode"] or "run", text.count("\n", 0, m.start("code")) + 1, m["code"]) for m in BLOCK.finditer(text)
-    ]
+    return [Block(m["mode"] or "run", text.count("\n", 0, m.start("code")) + 1, m["code"]) for m in BLOCK.finditer(text)]
 
 
 def meaning(code: str) -> str:

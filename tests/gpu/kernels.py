@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cute_infer.attention import plan, tiles
+from cute_infer.attention import launch, plan, tiles
 
 FAMILIES = ["sm90", "sm80"] if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 else ["sm80"]
 
@@ -16,6 +16,7 @@ def only(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.setattr(tiles, "CANDIDATES", keep)
     plan._bind.cache_clear()
     monkeypatch.setattr(plan, "_bind", plan._bind.__wrapped__)
+    monkeypatch.setattr(launch, "_functional", {})  # the scratch of a stream remembers the kernel of its last call
 
 
 def skip_if_refused(error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -47,7 +48,8 @@ def pair(kind: str = "Llama", **config):
     made = []
     for attn in ("eager", "cute_infer"):
         torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation=attn)
+        own = copy.deepcopy(config)  # some versions keep the one they get, and write the implementation into it
+        model = getattr(transformers, f"{kind}ForCausalLM")._from_config(own, attn_implementation=attn)
         made.append(model.eval())
     made[1].load_state_dict(made[0].state_dict())
     return made
