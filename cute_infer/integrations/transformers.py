@@ -13,7 +13,7 @@ packed into one row by their position ids).
 Limits, each with an error: no gradients in training, no 4-D masks, no two-sided windows, no position bias. As with transformers' own flash
 attention, what a model adds to its causal mask by a mask function (image tokens that see each other, chunked attention) is not seen here.
 
-Tested with transformers 5.23.0.
+Tested with transformers 5.17.0 and 5.23.0.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ def register(name: str = "cute_infer") -> None:
         ConfigError: the name contains "flash", which transformers reserves for its own.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
     if "flash" in name or "|" in name:
         fail(ConfigError, f"register(): transformers keeps names like {name!r} for itself", fix='use a name without "flash" and "|"')
     AttentionInterface.register(name, _attention)
     # Without its own mask function an unknown name gets no mask at all, and padding is silently attended to.
-    AttentionMaskInterface.register(name, flash_attention_mask)
+    AttentionMaskInterface.register(name, _mask)
 
 
 def register_paged() -> None:
@@ -56,7 +55,28 @@ def register_paged() -> None:
     AttentionInterface.register("paged|eager", _paged_attention)
 
 
-# ------------------------------------------------------------------------------------------------------- the two registered functions
+# ----------------------------------------------------------------------------------------------------- the three registered functions
+def _mask(**call: Any) -> torch.Tensor | None:
+    """transformers' mask function: the 2-D padding mask ``[batch, tokens so far]``, or None when every slot of K and V holds a token.
+
+    A static cache hands over its whole buffer: without a mask its empty slots would be attended to, so there the tokens so far are spelled
+    out even when none is padding.
+    """
+    from transformers.masking_utils import flash_attention_mask
+
+    mask = flash_attention_mask(**call)
+    if mask is None and call["kv_length"] > _tokens_so_far(call):
+        mask = torch.ones(call["batch_size"], _tokens_so_far(call), dtype=torch.bool, device=call.get("device"))
+    return mask
+
+
+def _tokens_so_far(call: dict[str, Any]) -> int:
+    """Tokens in the cache after this forward pass, counted from its first slot."""
+    positions = call.get("cache_position")  # the positions of the queries, in versions that have them
+    end = int(positions[-1]) + 1 if positions is not None else int(call["q_offset"]) + call["q_length"]
+    return end - call.get("kv_offset", 0)
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -106,6 +106,14 @@ def test_generate(kind: str, cache: str) -> None:
     assert want.shape == (3, 17) and torch.equal(got, want)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generate_from_a_static_cache_without_padding(batch: int) -> None:
+    """The cache is longer than the text: its empty slots are not tokens."""
+    ids = tokens(batch, 5)
+    want, got = (m.generate(ids, max_new_tokens=8, do_sample=False, cache_implementation="static") for m in pair())
+    assert torch.equal(got, want)
+
+
 def test_generate_for_one_request() -> None:
     ids = tokens(1, 5)
     want, got = (m.generate(ids, max_new_tokens=8, do_sample=False) for m in pair())
