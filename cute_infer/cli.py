@@ -145,7 +145,9 @@ def demo() -> None:
 @click.option("--variant", "texts", multiple=True, metavar="JSON", help="One kernel, as a MissingKernelError prints it; may be repeated.")
 @click.option("--arch", "archs", multiple=True, help="sm_80, sm_90a, ...; may be repeated. Default: this machine's device.")
 @click.option("--page-size", "page_sizes", multiple=True, type=click.IntRange(1), help="Tokens per KV page; may be repeated. Default: 16.")
-@click.option("--kv-dtype", help="KV cache dtype, such as float8_e4m3fn. Default: the model's.")
+@click.option(
+    "--kv-dtype", "kv_dtypes", multiple=True, help="KV cache dtype, such as float8_e4m3fn; may be repeated. Default: the model's."
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write a bundle here as well.")
 @click.option("--jobs", type=click.IntRange(1), default=max(1, min(8, os.cpu_count() or 1)), show_default=True, help="Processes.")
 @click.option("--list", "only_list", is_flag=True, help="Print what would be compiled.")
@@ -154,7 +156,7 @@ def compile_command(
     texts: tuple[str, ...],
     archs: tuple[str, ...],
     page_sizes: tuple[int, ...],
-    kv_dtype: str | None,
+    kv_dtypes: tuple[str, ...],
     out: Path | None,
     jobs: int,
     only_list: bool,
@@ -162,7 +164,7 @@ def compile_command(
     """Compile kernels ahead of time. Needs no GPU."""
     if not models and not texts:
         raise click.UsageError("name what to compile: --model or --variant")
-    requests = _requests(models, texts, archs, page_sizes or (16,), kv_dtype)
+    requests = _requests(models, texts, archs, page_sizes or (16,), kv_dtypes)
     if only_list:
         for request in requests:
             click.echo(f"{request.arch} {request.path} {request.spec} {request.tile}")
@@ -179,7 +181,7 @@ def compile_command(
 
 
 def _requests(
-    models: tuple[str, ...], texts: tuple[str, ...], archs: tuple[str, ...], page_sizes: tuple[int, ...], kv_dtype: str | None
+    models: tuple[str, ...], texts: tuple[str, ...], archs: tuple[str, ...], page_sizes: tuple[int, ...], kv_dtypes: tuple[str, ...]
 ) -> list[Request]:
     from .jit import Request
 
@@ -196,7 +198,8 @@ def _requests(
             for name in models:
                 if name not in zoo.MODELS:
                     raise click.BadParameter(f"{name!r} is not one of {', '.join(zoo.MODELS)}", param_hint="--model")
-                found.update(dict.fromkeys(zoo.variants(zoo.MODELS[name], target, page_sizes, kv_dtype)))
+                for kv_dtype in kv_dtypes or (None,):
+                    found.update(dict.fromkeys(zoo.variants(zoo.MODELS[name], target, page_sizes, kv_dtype)))
     return list(found)
 
 

@@ -104,8 +104,9 @@ def variants(model: Model, target: Target, page_sizes: tuple[int, ...] = (16,), 
 
 
 def batches(model: Model, target: Target, kind: str) -> Iterator[Hints]:
-    """The batches whose tiles are compiled: all sizes for decode, and for prefill all lengths at one and at many requests."""
+    """The batches whose tiles are compiled: the batch-invariant mode, then all sizes for decode, all lengths and three sizes for prefill."""
     sms = NUM_SMS.get(target.arch, NUM_SMS_OTHERS)
+    yield Hints(1, model.num_kv_heads, sms, 1, batch_invariant=True)
     if kind == "decode":
         for batch_size in BATCH_SIZES:
             yield Hints(batch_size, model.num_kv_heads, sms, batch_size)
