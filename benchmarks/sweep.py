@@ -121,7 +121,9 @@ def main(
     headline: str,
     argv: list[str] | None = None,
 ) -> int:
-    """A sweep's command line. A case has ``section``, ``name``, ``work``, ``candidates()`` and ``run(compiled, check)``, which returns rows.
+    """A sweep's command line.
+
+    A case has ``section``, ``name``, ``work``, ``candidates()`` and ``run(compiled, check)``, which returns rows.
 
     unit      of ``work`` per second.
     headline  label of the timing that orders the table.

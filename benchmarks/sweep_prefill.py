@@ -1,4 +1,4 @@
-"""Tiles of the Hopper prefill kernel and its peers: ``python -m benchmarks.sweep_prefill [section ...] --out F.json [--check] [--budget S]``
+"""Tiles of the Hopper prefill kernel, and peers: ``python -m benchmarks.sweep_prefill [section ...] --out F.json [--check] [--budget S]``
 
 What is timed: one launch of the kernel (and the merge of its splits, where it has any) on one input set, twice over. "rested" puts 30 ms of
 idle before every sample, so that a power-limited card runs at its full clock; "back to back" does not, and shows what it sustains. The rate
@@ -9,10 +9,11 @@ cuDNN (batches of one length) and FA4 stand beside it where they are installed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -114,9 +115,11 @@ class SweepCase:
     def run(self, compiled: dict[Job, dict[str, Any]], check: bool) -> list[dict[str, Any]]:
         batch = Batch(self)
         candidates = self.candidates()
-        calls = {c.name: batch.prepare(c) for c in candidates if "error" not in compiled[c.job]}
-        calls |= peers.prepare({name: PEERS[name] for name in self.peers}, batch)
-        timed = sweep.compare(calls, 1, check, TIMINGS)
+        makers: dict[str, Callable[[Batch], Call]] = {
+            c.name: functools.partial(Batch.launch, candidate=c) for c in candidates if "error" not in compiled[c.job]
+        }
+        makers |= {name: PEERS[name] for name in self.peers}
+        timed = sweep.compare(peers.prepare(makers, batch), 1, check, TIMINGS)
         rows = [{**c.as_dict(), **compiled[c.job], **timed.get(c.name, {})} for c in candidates]
         return rows + [{"candidate": name, "peer": True, **timed[name]} for name in self.peers]
 
@@ -137,7 +140,7 @@ class Batch:
             shapes = ((sum(case.qo_lens), case.qo_heads), *[(sum(case.kv_lens), case.kv_heads)] * 2)
             self.q, self.k, self.v = (randn(*shape, case.head_dim, dtype="bf16", device="cuda") for shape in shapes)
 
-    def prepare(self, candidate: Candidate) -> Call:
+    def launch(self, candidate: Candidate) -> Call:
         """The launch of one candidate; its output is the candidate's own."""
         kernel, spec, splits = candidate.kernel(), candidate.spec, candidate.splits
         out = torch.full_like(self.q, float("nan"))
@@ -149,7 +152,7 @@ class Batch:
         elif spec.kv_layout == "paged":
             k, v, *table = self.paged(spec.page_size)
             layout = (self.qo_indptr, *table)
-        partials: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        partials: tuple[Any, Any] = (None, None)
         if splits:
             shape = (splits, *self.q.shape)
             partials = torch.empty(shape, device="cuda"), torch.empty(shape[:-1], device="cuda")

@@ -104,7 +104,7 @@ def variants(model: Model, target: Target, page_sizes: tuple[int, ...] = (16,), 
 
 
 def batches(model: Model, target: Target, kind: str) -> Iterator[Hints]:
-    """The batches whose tiles are compiled: the batch-invariant mode, then all sizes for decode, all lengths and three sizes for prefill."""
+    """The batches whose tiles are compiled: batch-invariant mode, then all sizes for decode, all lengths and three sizes for prefill."""
     sms = NUM_SMS.get(target.arch, NUM_SMS_OTHERS)
     yield Hints(1, model.num_kv_heads, sms, 1, batch_invariant=True)
     if kind == "decode":

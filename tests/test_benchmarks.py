@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import append, decode, peers, prefill, protocol, report, sampling
+from benchmarks import append, decode, peers, prefill, protocol, report, sampling, sweep, sweep_decode, sweep_prefill
 from benchmarks.problems import DecodeProblem, PrefillProblem
+from cute_infer.attention import tiles_decode_sm90, tiles_prefill_sm90
 
 
 def wall_clock(call: protocol.Call, num_sets: int) -> Callable[[], float]:
@@ -132,3 +133,52 @@ def test_markdown_marks_the_best_and_explains_the_dashes(tmp_path: Path) -> None
 
     in_us = report.markdown(report.result("sampling", "us", [report.Row("s", {"cute_infer": slow, "peer": fast})], about))
     assert "| s | 20 | **10** | 20.0 | 0.50x |" in in_us
+
+
+def check_candidates(cases: list) -> None:
+    """Names are distinct, the chosen tile comes first, and the sweep as a whole offers it competition."""
+    assert len({case.name for case in cases}) == len(cases) > 0
+    for case in cases:
+        names = [candidate.name for candidate in case.candidates()]
+        assert len(set(names)) == len(names) and case.candidates()[0].chosen and case.work > 0, case.name
+    assert sum(len(case.candidates()) for case in cases) > len(cases)
+    assert sweep.select(cases, [cases[0].section, cases[-1].name])[-1] == cases[-1]
+    with pytest.raises(SystemExit, match="no such section"):
+        sweep.select(cases, ["nothing"])
+
+
+def test_decode_sweep_offers_tiles_that_fit() -> None:
+    cases = list(sweep_decode.cases())
+    check_candidates(cases)
+    for case in cases:
+        assert len(case.candidates()) > 3, case.name
+        for c in case.candidates():
+            assert sweep_decode.fits(c.spec, c.tile), c
+            assert tiles_decode_sm90.smem_bytes(c.spec, c.tile) <= tiles_decode_sm90.SHARED_MEMORY_PER_CTA, c
+            assert not (c.tile.early_metadata and c.tile.longest_first), c
+            assert bool(c.splits) == c.tile.split_kv, c
+
+
+def test_prefill_sweep_offers_tiles_that_fit() -> None:
+    cases = list(sweep_prefill.cases())
+    check_candidates(cases)
+    for case in cases:
+        assert set(case.peers) <= set(sweep_prefill.PEERS), case.name
+        assert case.equal or sweep_prefill.CUDNN not in case.peers, case.name
+        for c in case.candidates():
+            assert c.tile.shared_bytes(case.head_dim, case.head_dim) <= tiles_prefill_sm90.MAX_SHARED_BYTES, c
+            assert bool(c.splits) == c.tile.split_kv, c
+
+
+def test_sweep_tables_mark_what_is_chosen_and_what_is_wrong() -> None:
+    def call(i: int) -> torch.Tensor:
+        return torch.ones(2)
+
+    calls = {"first": call, "wrong": lambda i: 2 * torch.ones(2), "broken": lambda i: torch.ones(2) @ torch.ones(3)}
+    facts = sweep.compare(calls, 1, True, {"rested": {"rounds": 3, "timer": wall_clock}})
+    assert facts["first"]["repeatable"] and facts["wrong"]["difference"] == 1.0 and "error" in facts["broken"]
+    rows = [{"candidate": name, "chosen": name == "first", **fact} for name, fact in facts.items()]
+    lines = sweep.table("case", 1.0, rows, "GB/s", "rested").splitlines()
+    assert any("* first" in line and "!" not in line for line in lines)
+    assert any("  wrong" in line and "! differs by 1.0e+00" in line for line in lines)
+    assert "broken" in lines[-1] and "RuntimeError" in lines[-1]
