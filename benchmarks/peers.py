@@ -104,6 +104,12 @@ def prefill_ours(p: PrefillProblem) -> Call:
     return _prefill_wrapper(cute_infer.BatchPrefillWithRaggedKVCacheWrapper(), p)
 
 
+def prefill_ours_fast(p: PrefillProblem) -> Call:
+    if p.dtype != "fp8":
+        raise NotImplementedError("FP8 inputs only")
+    return _prefill_wrapper(cute_infer.BatchPrefillWithRaggedKVCacheWrapper(), p, fp8_fast_accumulation=True)
+
+
 def prefill_ours_paged(p: PrefillProblem) -> Call:
     kv_indptr, kv_indices, kv_last_page_len, caches = p.paged
     wrapper = cute_infer.BatchPrefillWithPagedKVCacheWrapper()
@@ -122,10 +128,10 @@ def prefill_flashinfer(p: PrefillProblem) -> Call:
     return _prefill_wrapper(flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace), p)
 
 
-def _prefill_wrapper(wrapper: Any, p: PrefillProblem) -> Call:
+def _prefill_wrapper(wrapper: Any, p: PrefillProblem, **options: Any) -> Call:
     wrapper.plan(
         p.indptr, p.indptr, p.num_qo_heads, p.num_kv_heads, p.head_dim,
-        causal=p.causal, q_data_type=DTYPES[p.dtype], kv_data_type=DTYPES[p.dtype], o_data_type=torch.bfloat16,
+        causal=p.causal, q_data_type=DTYPES[p.dtype], kv_data_type=DTYPES[p.dtype], o_data_type=torch.bfloat16, **options,
     )  # fmt: skip
     out = torch.empty(p.qkv[0][0].shape, dtype=torch.bfloat16, device=p.device)
     return lambda i: wrapper.run(*p.qkv[i], out=out)
@@ -160,6 +166,7 @@ def prefill_fa4(p: PrefillProblem) -> Call:
 
 PREFILL: dict[str, Callable[[PrefillProblem], Call]] = {
     OURS: prefill_ours,
+    f"{OURS}, fast accumulation": prefill_ours_fast,
     f"{OURS} (paged)": prefill_ours_paged,
     "FlashInfer": prefill_flashinfer,
     "cuDNN (torch SDPA)": prefill_sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -170,7 +177,7 @@ PREFILL: dict[str, Callable[[PrefillProblem], Call]] = {
 # Sampling ---------------------------------------------------------------------------------------------------------------
 # Each operation: (which tensor it reads, the call on FlashInfer-compatible sampling modules, the same in plain torch or None).
 
-TOP_P, TOP_K, MIN_P = 0.9, 50, 0.1
+TOP_P, TOP_K, MIN_P, TEMPERATURE = 0.9, 50, 0.1, 0.8
 RANDOM = {"seed": 1, "offset": 0}  # fixed, so that no candidate pays for drawing a seed inside the captured graph
 
 
@@ -183,6 +190,15 @@ def torch_top_p(probs: torch.Tensor) -> torch.Tensor:
 def torch_top_k(probs: torch.Tensor) -> torch.Tensor:
     values, ids = probs.topk(TOP_K, dim=-1)
     return ids.gather(-1, torch.multinomial(values, 1)).squeeze(-1)
+
+
+def torch_top_k_renorm(probs: torch.Tensor) -> torch.Tensor:
+    kept = torch.where(probs >= probs.topk(TOP_K, dim=-1).values[:, -1:], probs, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def torch_top_k_mask(logits: torch.Tensor) -> torch.Tensor:
+    return logits.masked_fill(logits < logits.topk(TOP_K, dim=-1).values[:, -1:], float("-inf"))
 
 
 SAMPLERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], Any], Callable[[torch.Tensor], Any] | None]] = {
@@ -208,7 +224,17 @@ SAMPLERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], Any], Callable[[tor
         None,
     ),
     "min-p, from probs": ("probs", lambda m, x: m.min_p_sampling_from_probs(x, MIN_P, **RANDOM), None),
+    "temperature, top-k, top-p, min-p, from logits": (
+        "logits",
+        lambda m, x: m.sample(x, TEMPERATURE, TOP_K, TOP_P, MIN_P, **RANDOM),
+        None,
+    ),
+    "top-p renorm": ("probs", lambda m, x: m.top_p_renorm_probs(x, TOP_P), None),
+    "top-k renorm": ("probs", lambda m, x: m.top_k_renorm_probs(x, TOP_K), torch_top_k_renorm),
+    "top-k mask": ("logits", lambda m, x: m.top_k_mask_logits(x, TOP_K), torch_top_k_mask),
 }
+REWRITES = ("softmax", "top-p renorm", "top-k renorm", "top-k mask")  # a row in, a row out: a copy of the tensor is timed beside them
+COPY = "torch copy_ of the tensor"
 
 
 def sampling_candidates(operation: str) -> dict[str, Callable[[SamplingProblem], Call]]:
@@ -234,6 +260,14 @@ def sampling_candidates(operation: str) -> dict[str, Callable[[SamplingProblem],
             return lambda i: plain(inputs[i])
 
         candidates["torch"] = make_plain
+    if operation in REWRITES:
+
+        def make_copy(p: SamplingProblem) -> Call:
+            inputs = getattr(p, source)
+            target = torch.empty_like(inputs[0])
+            return lambda i: target.copy_(inputs[i])
+
+        candidates[COPY] = make_copy
     return candidates
 
 

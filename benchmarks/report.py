@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from typing import Any
 from benchmarks.protocol import Timing
 
 OURS = "cute_infer"
+COLOURS = ("#76b900", "#4a7300", "#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#7f7f7f")  # ours first
+
+Save = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -43,22 +46,30 @@ def result(name: str, unit: str, rows: Iterable[Row], about: dict[str, Any]) -> 
     return {"benchmark": name, "unit": unit, **about, "rows": [row.as_dict() for row in rows]}
 
 
+def saver(path: Path) -> Save:
+    """Writes a result that may still grow: a run that is cut short leaves what it measured."""
+    return lambda content: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8") and None
+
+
 def value(entry: dict[str, Any], unit: str) -> float | None:
     return entry.get("us" if unit == "us" else "rate")
 
 
-def markdown(content: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any], heading: bool = True) -> str:
     """One table: cases down, candidates across, the best in bold, a dash where there is no number."""
     unit, rows = content["unit"], content["rows"]
     columns = list(dict.fromkeys(name for row in rows for name in row["results"]))
     best = min if unit == "us" else max
     gpu = content.get("gpu") or {}
     commit = (content["commit"] or "unknown")[:12] + (" with local changes" if content["dirty"] else "")
-    lines = [
-        f"## {content['benchmark']} [{unit}]",
-        "",
-        f"{gpu.get('name')}, driver {gpu.get('driver')}, torch {content['versions']['torch']}, commit {commit}, {content['date'][:10]}.",
-    ]
+    lines = [f"## {content['benchmark']} [{unit}]", ""] if heading else []
+    about = f"{gpu.get('name')}, driver {gpu.get('driver')}, torch {content['versions']['torch']}, commit {commit}, {content['date'][:10]}"
+    how = content.get("protocol")
+    lines.append(
+        about
+        + (f"; {how['cases']} of {how['cases_of_the_grid']} cases, medians of {how['rounds']} rounds. " if how else ". ")
+        + f"[{unit}]"
+    )
     for when, ceiling in content.get("ceilings", {}).items():
         lines.append(
             f"Ceilings {when}: GEMM {ceiling['gemm_bf16_tflops']} TFLOP/s, read {ceiling['read_gbps']} GB/s, "
@@ -83,30 +94,46 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tables(folder: Path) -> str:
-    """The tables of every result in a folder."""
-    return "\n".join(markdown(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json")))
+def share_of_ceiling(content: dict[str, Any]) -> tuple[float, str] | None:
+    """(the ceiling of the same run that this unit is a share of, its name); None for microseconds."""
+    name = {"GB/s": "read_gbps", "TFLOP/s": "gemm_bf16_tflops"}.get(content["unit"])
+    measured = [c[name] for c in content.get("ceilings", {}).values() if name and c.get(name)]
+    if not name or not measured:
+        return None
+    return sum(measured) / len(measured), "read-only stream" if name == "read_gbps" else "bf16 GEMM 8192^3"
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
-    """Bars per case and candidate, as PNG. Needs matplotlib (`pip install cute-infer[bench]`)."""
+    """A chart as PNG: a line per case, a dot per candidate. Rates as a share of the ceiling measured in the same run, times on a log axis.
+
+    Needs matplotlib (``pip install 'cute-infer[bench]'``).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows, unit = content["rows"], content["unit"]
-    columns = list(dict.fromkeys(name for row in rows for name in row["results"]))
-    height = 0.8 / len(columns)
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(rows) * len(columns)))
-    for c, name in enumerate(columns):
-        values = [value(row["results"].get(name, {}), unit) or 0 for row in rows]
-        axes.barh([i + c * height for i in range(len(rows))], values, height, label=name)
-    axes.set_yticks([i + 0.4 for i in range(len(rows))], [row["case"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel(unit)
-    axes.set_title(f"{content['benchmark']}, {(content.get('gpu') or {}).get('name')}")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    columns = list(dict.fromkeys(name for row in rows for name, entry in row["results"].items() if value(entry, unit) is not None))
+    columns.sort(key=lambda name: not name.startswith(OURS))
+    ceiling = share_of_ceiling(content)
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.21 * len(rows)))
+    for name, colour in zip(columns, COLOURS * len(columns)):
+        dots = [(value(row["results"].get(name, {}), unit), i) for i, row in enumerate(rows)]
+        x = [v * 100 / ceiling[0] if ceiling else v for v, _ in dots if v is not None]
+        ours = name.startswith(OURS)
+        axes.scatter(x, [i for v, i in dots if v is not None], s=36 if ours else 18, color=colour, label=name, zorder=3 if ours else 2)
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="both", color="#dddddd", linewidth=0.5)
+    if ceiling:
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"% of the {ceiling[1]} of the same run ({ceiling[0]:.0f} {unit})")
+    else:
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{unit}, less is better")
+    commit = (content["commit"] or "unknown")[:12]
+    axes.set_title(f"{content['benchmark']}: {(content.get('gpu') or {}).get('name')}, commit {commit}, {content['date'][:10]}", fontsize=9)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / (1.6 + 0.21 * len(rows)) - 0.05), ncols=3, frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -24,9 +24,7 @@ class Case(ABC):
     def run(self, rounds: int, device: str = "cuda", **timing: Any) -> Row: ...
 
 
-def attention_row(
-    name: str, candidates: dict[str, Callable[[Any], Call]], problem: Any, num_sets: int, work: float, **timing: Any
-) -> Row:
+def attention_row(name: str, candidates: dict[str, Callable[[Any], Call]], problem: Any, num_sets: int, work: float, **timing: Any) -> Row:
     """Time all candidates, and note how far every output is from ours: a fast wrong answer must not win unseen."""
     calls = prepare(candidates, problem)
     outputs: dict[str, torch.Tensor] = {}

@@ -21,6 +21,7 @@ from benchmarks.problems import DTYPES, DecodeProblem
 from benchmarks.protocol import Call, num_sets
 from benchmarks.sweep import Candidate, Job
 from cute_infer.attention import tiles_decode_sm90 as t90
+from cute_infer.attention.lengths import KvLens
 from cute_infer.attention.merge import merge_partials
 from cute_infer.attention.spec import AttentionSpec
 from cute_infer.attention.tiles import Hints
@@ -31,16 +32,23 @@ BACK_TO_BACK = "back to back"
 
 # What a candidate may set beside its cluster, warps and stages: flags by word, sizes as letter and number.
 FLAGS = {"early": "early_metadata", "evict": "evict_first", "longest": "longest_first"}
-SIZES = {"h": "heads_per_item", "t": "tokens", "x": "ctas_per_sm"}
+SIZES = {"h": "heads_per_item", "t": "tokens", "x": "ctas_per_sm", "p": "prefetch"}
+LETS_GO = ("refilled", "merging", "never")
 
-SMALL = ("8 4 3", "8 4 3 early", "8 4 2 early", "4 8 3 early", "8 4 4 early", "8 8 2 early", "8 8 3", "16 4 3 early")
-LONG = ("8 8 3", "8 8 3 early", "8 4 3 early", "8 8 2 early", "16 8 2 early", "16 4 3 early", "8 4 4 early", "8 4 6 early", "8 6 4 early")
+SMALL = ("8 4 3", "8 4 3 early", "8 4 2 early", "4 8 3 early", "8 4 4 early", "8 8 2 early", "8 8 3", "8 4 3 early p3 refilled")
+LONG = (
+    "8 8 3", "8 8 3 never", "8 8 3 early", "8 4 3 early", "8 8 2 early", "16 8 2 early", "16 4 3 early", "8 4 4 early", "8 4 6 early",
+    "8 6 4 early",
+)  # fmt: skip
 TWO = ("8 4 2 x3", "8 4 2 early x3", "4 8 2 early", "4 8 3 early", "4 8 3", "4 4 4 early", "8 4 3 early", "8 8 2 early", "4 4 3 early")
-FOUR = ("2 8 2", "2 8 2 early", "2 8 3 early", "2 6 2 early", "2 4 4 early", "4 4 2 early x3", "4 4 3 early", "2 8 1 early", "4 8 2 early")
+FOUR = (
+    "2 8 2", "2 8 2 early", "2 8 3 early", "2 6 2 early", "2 4 4 early", "4 4 2 early x3", "4 4 3 early", "2 8 2 never",
+    "2 8 2 early p4 refilled",
+)  # fmt: skip
 EIGHT = ("2 8 2 early", "1 8 2 early", "1 8 3 early", "2 4 3 early", "1 8 3", "2 8 3 early", "4 4 3 early", "2 4 2 early x3")
 SIXTEEN = (
     "1 8 3 evict", "1 8 3 early evict", "1 8 2 early evict", "1 4 3 early evict", "2 4 3 early evict", "1 8 3", "1 12 2 evict",
-    "1 6 4 early evict", "4 4 2 early evict x3",
+    "1 8 3 never evict", "1 8 3 merging evict",
 )  # fmt: skip
 LARGE = (
     "1 4 3 evict", "1 4 3 evict longest", "1 4 3 early evict", "2 4 3 evict longest", "4 4 3 evict", "4 4 3 evict longest",
@@ -48,11 +56,12 @@ LARGE = (
 )  # fmt: skip
 FP8_LARGE = (
     "1 4 3 evict h2", "1 4 3 evict longest h2", "4 4 3 evict h2", "4 4 3 evict longest", "4 4 3 evict longest h2", "2 4 3 evict longest h2",
-    "4 4 2 evict longest h2 t64", "4 4 2 evict longest h2 x3", "8 4 3 evict longest h2", "1 4 2 h2 t64",
+    "4 4 2 evict longest h2 t64", "4 4 2 evict longest h2 x3", "8 4 3 evict longest h2", "1 4 2 never evict h2 t64",
+    "1 4 3 early p3 refilled evict h2", "4 4 3 merging evict longest h2",
 )  # fmt: skip
 FP8_SIXTEEN = (
     "1 4 3 evict", "1 4 3 early evict", "1 8 3 early evict", "2 4 3 early evict h2", "2 4 3 evict longest h2", "4 4 3 evict longest h2",
-    "1 8 2 early evict t64",
+    "1 8 2 early evict t64", "2 4 3 early p3 refilled evict h2",
 )  # fmt: skip
 ONE_SHARD = ("8 4 3 s16", "8 4 3 early s16", "2 8 3 s16", "2 8 3 early s16", "4 4 3 early s16", "4 8 3 early s16", "8 8 3 s16", "16 4 3 s8")
 HEADS = ("1 4 3 evict", "4 4 3 evict", "2 4 3 evict longest", "1 8 3 evict", "4 4 2 evict longest x3")
@@ -95,7 +104,8 @@ class SweepCase:
 
     def candidates(self) -> list[Candidate]:
         """The chosen tile, then the others, each once; those that do not fit the SM or the page are left out."""
-        spec, hints = self.spec, Hints(len(self.lens), self.kv_heads, sweep.num_sms())
+        batch, kv_lens = len(self.lens), KvLens.of(sum(self.lens) / len(self.lens), max(self.lens))
+        spec, hints = self.spec, Hints(batch, self.kv_heads, sweep.num_sms(), batch, kv_lens=kv_lens)
         reason = t90.why_not(spec, sweep.HOPPER)
         assert reason is None, reason
         chosen = t90.choose(spec, sweep.HOPPER, hints)
@@ -149,9 +159,10 @@ def parse_tile(text: str, spec: AttentionSpec, chosen: DecodeSm90Tile) -> tuple[
     words = text.split()
     cluster, warps, stages = map(int, words[:3])
     flags = {field: word in words for word, field in FLAGS.items()}
-    sizes = {word[0]: int(word[1:]) for word in words[3:] if word not in FLAGS}
+    lets_go = next((word for word in words if word in LETS_GO), "filled")
+    sizes = {word[0]: int(word[1:]) for word in words[3:] if word not in (*FLAGS, *LETS_GO)}
     splits = sizes.pop("s", 0)
-    tile = DecodeSm90Tile(cluster, warps, stages, chosen.tokens, chosen.head_tiles, split_kv=splits > 0, **flags)
+    tile = DecodeSm90Tile(cluster, warps, stages, chosen.tokens, chosen.head_tiles, split_kv=splits > 0, lets_go=lets_go, **flags)
     fields: dict[str, Any] = {SIZES[letter]: value for letter, value in sizes.items()}
     tile = dataclasses.replace(tile, **fields)
     if "x" not in sizes:
@@ -170,6 +181,8 @@ def fits(spec: AttentionSpec, tile: DecodeSm90Tile) -> bool:
 def name_of(tile: DecodeSm90Tile, splits: int) -> str:
     sizes = f"C{tile.cluster} W{tile.warps} S{tile.stages} T{tile.tokens} H{tile.heads_per_item} x{tile.ctas_per_sm}"
     flags = [word for word, field in FLAGS.items() if getattr(tile, field)]
+    flags += [tile.lets_go] if tile.lets_go != "filled" else []
+    flags += [f"p{tile.prefetch}"] if tile.prefetch else []
     return " ".join([sizes, *flags, *([f"{splits} splits"] if splits else [])])
 
 

@@ -38,10 +38,8 @@ Variants = tuple[tuple[str, dict[str, Any]], ...]
 NARROW: Variants = (
     ("2 stages", {"num_stages": 2}),
     ("4 stages", {"num_stages": 4}),
-    ("96 keys", {"tile_kv": 96, "num_stages": 4}),
     ("2 groups", {"tile_q": 128, "num_consumer_groups": 2, "producer_regs": 40, "consumer_regs": 232}),
 )
-WIDE: Variants = (("80 keys", {"tile_kv": 80}),)
 PACKED: Variants = (("packed", {"pack_heads": True}),)
 NOT_SHORT: Variants = (
     ("not packed", {"pack_heads": False}),
@@ -227,8 +225,8 @@ def cases() -> Iterator[SweepCase]:
     for length in (2048, 8192):
         for causal in (True, False):
             yield prompts("dims", length, causal, head_dim=64, variants=NARROW)
-            yield prompts("dims", length, causal, head_dim=256, variants=WIDE)
-            yield prompts("paged", length, causal, page_sizes=(0, 16, 64), peers=())
+            yield prompts("dims", length, causal, head_dim=256)
+            yield prompts("paged", length, causal, page_sizes=(0, 1, 4, 8, 16, 64), peers=())
     draw = random.Random(5)
     mixed = tuple(draw.randint(128, 8192) for _ in range(32))
     same = (math.isqrt(sum(n * n for n in mixed) // 32),) * 32  # as much work, without the imbalance

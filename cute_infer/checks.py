@@ -6,8 +6,9 @@ values take tensors that are already on the CPU; whether they are brought there 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +16,7 @@ from .errors import ConfigError, DeviceError, DTypeError, LayoutError, PageTable
 
 KV_LAYOUTS = ("NHD", "HND")
 POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
+SHORT = 64  # values that Python looks through faster than a handful of torch calls does
 
 _HALF = (torch.float16, torch.bfloat16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -142,13 +144,40 @@ def check_planned_dtype(call: str, name: str, tensor: torch.Tensor, planned: tor
         )
 
 
-def check_indptr(call: str, name: str, indptr: torch.Tensor, *, zero_based: bool = False) -> None:
+class Offsets(NamedTuple):
+    """What the checks of a CSR offset array look at: its ends, and the smallest and largest count between neighbours."""
+
+    first: int
+    last: int
+    smallest: int
+    largest: int
+
+
+def offsets_of(indptr: torch.Tensor) -> Offsets:
+    """The :class:`Offsets` of an array on the CPU; all zeros for an empty one."""
+    if indptr.shape[0] <= SHORT:
+        values = indptr.tolist() or [0]
+        counts = list(map(operator.sub, values[1:], values)) or [0]
+        return Offsets(values[0], values[-1], min(counts), max(counts))
+    return Offsets(int(indptr[0]), int(indptr[-1]), *_extremes(indptr[1:] - indptr[:-1]))
+
+
+def _extremes(values: torch.Tensor) -> tuple[int, int]:
+    """The smallest and the largest of integers on the CPU."""
+    if values.shape[0] <= SHORT:
+        few = values.tolist() or [0]
+        return min(few), max(few)
+    smallest, largest = values.aminmax()
+    return int(smallest), int(largest)
+
+
+def check_indptr(call: str, name: str, indptr: torch.Tensor, *, zero_based: bool = False) -> Offsets:
     """A CSR offset array on the CPU: starts at (or above) zero and never decreases."""
-    if indptr.numel() and (int(indptr[0]) < 0 or (zero_based and int(indptr[0]) != 0)):
-        fail(PageTableError, f"{call}: {name}[0] is {int(indptr[0])}", expected=f"{name}[0] == 0", fix="offsets start at 0")
-    down = (indptr[1:] < indptr[:-1]).nonzero()
-    if down.numel():
-        r = int(down[0])
+    found = offsets_of(indptr)
+    if found.first < 0 or (zero_based and found.first != 0):
+        fail(PageTableError, f"{call}: {name}[0] is {found.first}", expected=f"{name}[0] == 0", fix="offsets start at 0")
+    if found.smallest < 0:
+        r = int((indptr[1:] < indptr[:-1]).nonzero()[0])
         fail(
             PageTableError,
             f"{call}: {name} decreases at request {r}",
@@ -156,33 +185,46 @@ def check_indptr(call: str, name: str, indptr: torch.Tensor, *, zero_based: bool
             expected="non-decreasing offsets",
             fix=f"build {name} with torch.cumsum of per-request counts",
         )
+    return found
 
 
-def check_page_table(call: str, indptr: torch.Tensor, num_indices: int, last_page_len: torch.Tensor, page_size: int) -> None:
+def check_page_table(
+    call: str, indptr: torch.Tensor, num_indices: int, last_page_len: torch.Tensor, page_size: int, max_pages: int | None = None
+) -> Offsets:
     """indptr, the length of indices and last_page_len agree (CPU tensors). More indices than indptr uses are welcome.
 
-    The last page of a request holds 1 to page_size tokens; the entry of a request without pages is not looked at.
+    The last page of a request holds 1 to page_size tokens; the entry of a request without pages is not looked at. ``max_pages`` is the
+    width of the block table that the rest was made of.
     """
-    check_indptr(call, "kv_indptr", indptr)
-    num_pages = int(indptr[-1])
-    if num_pages > num_indices:
+    found = check_indptr(call, "kv_indptr", indptr)
+    if max_pages is not None and found.largest > max_pages:
         fail(
             PageTableError,
-            f"{call}: indptr ends at {num_pages} pages while indices has {num_indices} entries",
-            got=f"indptr[-1] = {num_pages}, len(indices) = {num_indices}",
+            f"{call}: a request needs {found.largest} pages but block_tables has {max_pages} columns",
+            expected=f"seq_lens <= {max_pages} * page_size = {max_pages * page_size}",
+            fix="pass wider block_tables, or check seq_lens and page_size",
+        )
+    if found.last > num_indices:
+        fail(
+            PageTableError,
+            f"{call}: indptr ends at {found.last} pages while indices has {num_indices} entries",
+            got=f"indptr[-1] = {found.last}, len(indices) = {num_indices}",
             expected="indptr[-1] <= len(indices)",
             fix="give indices one page id per page (a larger cache if it lacks them); a request of n tokens needs "
             "(n + page_size - 1) // page_size pages",
         )
-    wrong = ((indptr[1:] > indptr[:-1]) & ((last_page_len < 1) | (last_page_len > page_size))).nonzero()
-    if wrong.numel():
-        r = int(wrong[0])
-        fail(
-            PageTableError,
-            f"{call}: last_page_len[{r}] = {int(last_page_len[r])} is outside 1..page_size={page_size}",
-            expected="1 <= last_page_len <= page_size",
-            fix="compute it as (seq_len - 1) % page_size + 1",
-        )
+    shortest, longest = _extremes(last_page_len)
+    if shortest < 1 or longest > page_size:
+        wrong = ((indptr[1:] > indptr[:-1]) & ((last_page_len < 1) | (last_page_len > page_size))).nonzero()
+        if wrong.numel():
+            r = int(wrong[0])
+            fail(
+                PageTableError,
+                f"{call}: last_page_len[{r}] = {int(last_page_len[r])} is outside 1..page_size={page_size}",
+                expected="1 <= last_page_len <= page_size",
+                fix="compute it as (seq_len - 1) % page_size + 1",
+            )
+    return found
 
 
 def check_page_ids(call: str, smallest: int, largest: int, num_pages: int) -> None:

@@ -3,6 +3,7 @@
     cute-infer show-config [--json]                     what is installed, which devices, where kernels are kept
     cute-infer demo                                     the quick start on whatever is here
     cute-infer compile --model llama3-8b --arch sm_90a  fill the cache, or with --out build a bundle
+    cute-infer bench decode|prefill|sampling|append|startup  against peers, in a checkout of the repository
     cute-infer cache list | verify | clear
 
 Exit status: 0 done, 1 refused (the message says why), 2 wrong usage.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import CuteInferError
+from .errors import ConfigError, CuteInferError, fail
 
 if TYPE_CHECKING:
     from .jit import Request, Target
@@ -142,6 +144,14 @@ def demo() -> None:
 # ------------------------------------------------------------------------------------------------------------------ compile
 @cli.command("compile")
 @click.option("--model", "models", multiple=True, help="A preset of cute_infer.zoo; may be repeated.")
+@click.option(
+    "--transformers",
+    "configs",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="config.json (or its folder) of a model that runs under Hugging Face transformers; may be repeated.",
+)
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), help="In which a --transformers model runs. Default: its config's.")
 @click.option("--variant", "texts", multiple=True, metavar="JSON", help="One kernel, as a MissingKernelError prints it; may be repeated.")
 @click.option("--arch", "archs", multiple=True, help="sm_80, sm_90a, ...; may be repeated. Default: this machine's device.")
 @click.option("--page-size", "page_sizes", multiple=True, type=click.IntRange(1), help="Tokens per KV page; may be repeated. Default: 16.")
@@ -153,6 +163,8 @@ def demo() -> None:
 @click.option("--list", "only_list", is_flag=True, help="Print what would be compiled.")
 def compile_command(
     models: tuple[str, ...],
+    configs: tuple[Path, ...],
+    dtype: str | None,
     texts: tuple[str, ...],
     archs: tuple[str, ...],
     page_sizes: tuple[int, ...],
@@ -162,9 +174,14 @@ def compile_command(
     only_list: bool,
 ) -> None:
     """Compile kernels ahead of time. Needs no GPU."""
-    if not models and not texts:
-        raise click.UsageError("name what to compile: --model or --variant")
-    requests = _requests(models, texts, archs, page_sizes or (16,), kv_dtypes)
+    if not models and not configs and not texts:
+        raise click.UsageError("name what to compile: --model, --transformers or --variant")
+    found = dict.fromkeys(_given(texts))
+    if models or configs:
+        for target in _targets(archs):
+            found.update(dict.fromkeys(_presets(models, target, page_sizes or (16,), kv_dtypes)))
+            found.update(dict.fromkeys(_under_transformers(configs, target, dtype)))
+    requests = list(found)
     if only_list:
         for request in requests:
             click.echo(f"{request.arch} {request.path} {request.spec} {request.tile}")
@@ -180,27 +197,37 @@ def compile_command(
         click.echo(f"use it with CUTE_INFER_BUNDLE={out.absolute()}")
 
 
-def _requests(
-    models: tuple[str, ...], texts: tuple[str, ...], archs: tuple[str, ...], page_sizes: tuple[int, ...], kv_dtypes: tuple[str, ...]
-) -> list[Request]:
+def _given(texts: tuple[str, ...]) -> Iterator[Request]:
+    """The requests that --variant spells out."""
     from .jit import Request
 
-    found: dict[Request, None] = {}
     for text in texts:
         try:
-            found[Request.from_data(json.loads(text))] = None
+            yield Request.from_data(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise click.BadParameter(f"not a kernel description: {error!r}", param_hint="--variant") from error
-    if models:
-        from . import zoo
 
-        for target in _targets(archs):
-            for name in models:
-                if name not in zoo.MODELS:
-                    raise click.BadParameter(f"{name!r} is not one of {', '.join(zoo.MODELS)}", param_hint="--model")
-                for kv_dtype in kv_dtypes or (None,):
-                    found.update(dict.fromkeys(zoo.variants(zoo.MODELS[name], target, page_sizes, kv_dtype)))
-    return list(found)
+
+def _presets(models: tuple[str, ...], target: Target, page_sizes: tuple[int, ...], kv_dtypes: tuple[str, ...]) -> Iterator[Request]:
+    from . import zoo
+
+    for name in models:
+        if name not in zoo.MODELS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(zoo.MODELS)}", param_hint="--model")
+        for kv_dtype in kv_dtypes or (None,):
+            yield from zoo.variants(zoo.MODELS[name], target, page_sizes, kv_dtype)
+
+
+def _under_transformers(configs: tuple[Path, ...], target: Target, dtype: str | None) -> Iterator[Request]:
+    from .zoo import transformers_variants
+
+    for path in configs:
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise click.BadParameter(f"{file}: {error}", param_hint="--transformers") from error
+        yield from transformers_variants(config, target, dtype)
 
 
 def _targets(archs: tuple[str, ...]) -> list[Target]:
@@ -261,6 +288,24 @@ def _counter(total: int) -> Iterator[Callable[[str], None]]:
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("compiling", total=total)
         yield lambda text: bar.update(task, advance=1, description=text[:60])
+
+
+# ------------------------------------------------------------------------------------------------------------------ bench
+@cli.command("bench", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure against peers: decode, prefill, sampling, append, startup, all; or draw the plots."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        fail(
+            ConfigError,
+            "bench: the benchmarks belong to the repository and are not part of an installed package",
+            got=f"cute_infer from {checkout}",
+            fix="clone the repository at this version, `pip install -e '.[bench]'` in it, then `cute-infer bench` again",
+        )
+    sys.path.insert(0, str(checkout))
+    run = importlib.import_module("benchmarks.__main__").main
+    run(args=list(arguments), prog_name="cute-infer bench")
 
 
 # ------------------------------------------------------------------------------------------------------------------ cache

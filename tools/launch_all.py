@@ -55,6 +55,10 @@ def attention(family: str) -> None:
     prefill(window_left=20, logits_soft_cap=10.0)
     q, k, v = (queries(150, h, 128, FP16) for h in (4, 2, 2))
     cute_infer.single_prefill_with_kv_cache(q, k, v, causal=True)
+    if family == "sm90":
+        q, k, v = queries(150, 4, 128, E4M3), queries(900, 2, 128, E4M3), queries(900, 2, 128, E4M3)
+        for fast in (False, True):
+            cute_infer.single_prefill_with_kv_cache(q, k, v, causal=True, fp8_fast_accumulation=fast)
 
 
 def rest() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi")
+PEERS = ("flashinfer-python", "flash-attn", "flash-attn-3", "flash-attn-4", "transformers")  # named when they are installed
 
 
 def output_of(*command: str) -> str | None:
@@ -74,6 +75,7 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "cudnn": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
         **{package: version_of(package) for package in PACKAGES},
+        **{package: found for package in PEERS if (found := version_of(package))},
     }
 
 

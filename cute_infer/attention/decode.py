@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from ..checks import check_heads, check_positive, check_tensor, refuse
+from ..checks import Offsets, check_heads, check_positive, check_tensor, offsets_of, refuse
 from ..errors import ConfigError, ShapeError, fail
 from ..paged.cache import unpack_run_arguments
 from ..paged.tables import PageTable, get_seq_lens
-from .metadata import check_table, page_table
+from .lengths import UNKNOWN, KvLens
+from .metadata import host_view, look_at_table, page_table
 from .options import Options, Scale, scale_arguments
 from .single import attend
 from .wrapper import BatchAttentionWrapper, Planned, is_batch_invariant, refuse_peer_options
@@ -219,11 +220,14 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
                 ``CUTE_INFER_VALIDATE=0``, or a stream capture is under way; then nothing synchronises, and :meth:`check` reports
                 page ids outside the cache.
             fixed_split_size (a positive number), disable_split_kv: either selects batch-invariant results. Results are always bitwise
-                repeatable for one batch size; in this mode a request's ``out`` and ``lse`` have the same bits whatever the batch size,
-                its slot in the batch, its neighbours and their lengths, its page ids, and whether run() is eager or replayed from a
-                graph. They depend on the request's own q, KV and length, the options, the model's shapes and dtypes, the GPU model and
-                the version of this package. The kernel is then tiled for a batch that fills the device and KV is never split over
-                partials in memory, so a batch of a few requests runs slower. The size itself is not used.
+                repeatable for one batch size and one class of lengths: where plan() can know the lengths without asking the device
+                (metadata on the CPU, or fetched to be checked), their mean and their spread select the tile, and with it the order of
+                sums. :meth:`explain` says which class that was. In batch-invariant mode a request's ``out`` and ``lse`` have the same
+                bits whatever the batch size, its slot in the batch, its neighbours and their lengths, its page ids, and whether
+                run() is eager or replayed from a graph. They depend on the request's own q, KV and length, the options, the model's
+                shapes and dtypes, the GPU model and the version of this package. The kernel is then tiled for a batch that fills the
+                device and KV is never split over partials in memory, so a batch of a few requests runs slower. The size itself is
+                not used.
             non_blocking: accepted, without effect.
 
         Raises:
@@ -232,19 +236,26 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         refuse("plan()", "window_right=0 is what decode has", window_right=window_right or None)
         check_positive("plan()", page_size=page_size)
         table, max_pages = page_table("plan()", indptr, indices, last_page_len, block_tables, seq_lens, page_size)
+        host = host_view([table.indptr, table.last_page_len], validate)
+        indptr_host, last_host = host or (None, None)
+        page_ids = offsets = None
+        if indptr_host is not None and last_host is not None:
+            offsets, page_ids = look_at_table(indptr_host, last_host, table.indices, page_size, max_pages, validate)
+        kv_lens = self._known_lengths(table, offsets, page_size, max_pages, window_left)
         if kv_data_type is None:
             kv_data_type = data_type
         options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         planned, options = self._describe(
-            len(table.last_page_len),
+            table.last_page_len.shape[0],
             (num_qo_heads, num_kv_heads),
             (head_dim, head_dim_vo),
             page_size,
             (q_data_type, kv_data_type, o_data_type),
             q_len_per_req,
             options,
-            page_ids=check_table(table, page_size, max_pages, validate),
+            page_ids=page_ids,
             batch_invariant=is_batch_invariant(fixed_split_size, disable_split_kv),
+            kv_lens=kv_lens,
         )
         self._publish(planned, options, table, q_len_per_req, in_place=False)
 
@@ -261,6 +272,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         options: Options,
         page_ids: tuple[int, int] | None = None,
         batch_invariant: bool = False,
+        kv_lens: KvLens = UNKNOWN,
     ) -> tuple[Planned, Options]:
         check_positive("plan()", head_dim=head_dims[0], q_len_per_req=q_len_per_req)
         check_heads("plan()", *heads)
@@ -294,8 +306,26 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
             total_q=batch_size * q_len_per_req,
             page_ids=None if self._use_cuda_graph else page_ids,  # a graph's buffers change behind our back
             batch_invariant=batch_invariant,
+            kv_lens=kv_lens,
         )
         return planned, options._replace(causal=q_len_per_req > 1)
+
+    def _known_lengths(self, table: PageTable, pages: Offsets | None, page_size: int, max_pages: int | None, window_left: int) -> KvLens:
+        """The class of the batch's lengths, in whole pages: exact where indptr is known, else from the sizes of the arrays.
+
+        Of a CUDA-graph wrapper only the sizes of its buffers: a captured run() serves batches of other lengths.
+        """
+        batch_size = table.last_page_len.shape[0]
+        if pages is not None and batch_size > 0 and not self._use_cuda_graph:
+            mean, longest = (pages.last - pages.first) * page_size / batch_size, pages.largest * page_size
+            if window_left >= 0:
+                mean, longest = min(mean, window_left + 1), min(longest, window_left + 1)
+            return KvLens.of(mean, longest)
+        indices = self._paged_kv_indices_buf if self._use_cuda_graph else table.indices
+        bound = indices.shape[0] * page_size
+        if max_pages is not None and not self._use_cuda_graph:
+            bound = min(bound, max_pages * page_size)
+        return KvLens.at_most(bound if window_left < 0 else min(bound, window_left + 1))
 
     def _publish(self, planned: Planned, options: Options, table: PageTable, q_len_per_req: int, in_place: bool) -> None:
         names = ("_paged_kv_indptr_buf", "_paged_kv_indices_buf", "_paged_kv_last_page_len_buf")
@@ -531,15 +561,21 @@ def fast_decode_plan(
     """plan() for engines that keep the metadata buffers up to date themselves: nothing is copied, checked or waited for.
 
     In CUDA-graph mode the buffers are taken as they are; otherwise the three arrays replace the wrapper's. Arguments as in
-    :meth:`BatchDecodeWithPagedKVCacheWrapper.plan`; ``global_override_indptr_cpu`` is not needed.
+    :meth:`BatchDecodeWithPagedKVCacheWrapper.plan`; ``global_override_indptr_cpu``, a copy of indptr on the CPU, is not needed, but tells
+    which tile is best for these lengths.
     """
     q_dtype = q_data_type or data_type or "float16"
     options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
     heads, dims, dtypes = (num_qo_heads, num_kv_heads), (head_dim, None), (q_dtype, kv_data_type or data_type, None)
     invariant = is_batch_invariant(fixed_split_size, disable_split_kv)
-    batch_size = len(last_page_len)
-    planned, options = self._describe(batch_size, heads, dims, page_size, dtypes, q_len_per_req, options, batch_invariant=invariant)
-    self._publish(planned, options, PageTable(indptr, indices, last_page_len), q_len_per_req, in_place=True)
+    table = PageTable(indptr, indices, last_page_len)
+    host = global_override_indptr_cpu if global_override_indptr_cpu is not None else indptr if indptr.device.type == "cpu" else None
+    pages = offsets_of(host) if host is not None and not self.is_cuda_graph_enabled else None
+    kv_lens = self._known_lengths(table, pages, page_size, None, window_left)
+    planned, options = self._describe(
+        len(last_page_len), heads, dims, page_size, dtypes, q_len_per_req, options, batch_invariant=invariant, kv_lens=kv_lens
+    )
+    self._publish(planned, options, table, q_len_per_req, in_place=True)
 
 
 @functools.lru_cache(maxsize=64)

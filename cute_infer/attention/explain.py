@@ -15,6 +15,7 @@ import torch
 
 from ..jit import Target
 from . import tiles_decode_sm80, tiles_decode_sm90
+from .lengths import UNKNOWN, KvLens
 from .plan import num_sms, partial_bytes, target_of
 from .spec import DTYPE_BITS, AttentionSpec
 from .tiles import Choice, Hints, pick
@@ -41,7 +42,7 @@ class Request(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The batch of a plan. ``requests`` is None where the lengths are not known on the host."""
+    """The batch of a plan. ``requests`` is None where the lengths are not known on the host, ``kv_lens`` what plan() knew of them."""
 
     batch_size: int
     num_kv_heads: int
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
     window_left: int
     batch_invariant: bool
     requests: Sequence[Request] | None
+    kv_lens: KvLens = UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Explanation:
 
     kernel           name of the kernel, or "reference".
     spec             the compile key. Presence of sinks, tensor scales and lse is that of the last run(), absent before the first.
+    kv_lens          the class of lengths that plan() could know without asking the device, where it made a difference to the tile.
     arch, num_sms    the GPU it is for; None and 0 for the reference.
     tile             the kernel's tile (a dataclass), None for the reference.
     num_splits       launches' worth of partial results per request that the merge kernel combines; 1: no merge.
@@ -76,6 +79,7 @@ class Explanation:
     batch_size: int
     total_q: int
     batch_invariant: bool
+    kv_lens: KvLens = UNKNOWN
     arch: str | None = None
     num_sms: int = 0
     tile: Any = None
@@ -98,6 +102,12 @@ class Explanation:
         return ", ".join(f"{f.name}={getattr(self.tile, f.name)}" for f in fields if getattr(self.tile, f.name) != f.default)
 
     @property
+    def _chosen_for(self) -> str:
+        if self.batch_invariant:
+            return " (batch-invariant)"
+        return f" (for lengths: {self.kv_lens})" if self.kv_lens.mean else ""
+
+    @property
     def grid_text(self) -> str:
         """``"256 CTAs on 132 SMs"``, with the splits if there are several."""
         return f"{self.num_ctas} CTAs on {self.num_sms} SMs" + (f", {self.num_splits} KV splits" if self.num_splits > 1 else "")
@@ -114,7 +124,7 @@ class Explanation:
             merge = "through shared memory" if self.cluster > 1 else "none"
             merge = "a second kernel" if self.num_splits > 1 else merge
             lines += [
-                f"  tile       {self.tile_text}" + (" (batch-invariant)" if self.batch_invariant else ""),
+                f"  tile       {self.tile_text}" + self._chosen_for,
                 f"  grid       {self.grid_text}, clusters of {self.cluster}; merge: {merge}",
             ]
         kv = f"{_bytes(self.kv_bytes)} of KV, " if self.kv_bytes is not None else ""
@@ -138,11 +148,13 @@ def explain(spec: AttentionSpec, batch: Batch, chip: Chip | None) -> Explanation
     base = Explanation("reference", spec, batch.batch_size, batch.total_q, batch.batch_invariant, **facts)
     if chip is None:
         return base
-    hints = Hints(batch.batch_size, batch.num_kv_heads, chip.num_sms, batch.total_q, batch.batch_invariant)
+    hints = Hints(batch.batch_size, batch.num_kv_heads, chip.num_sms, batch.total_q, batch.batch_invariant, batch.kv_lens)
     choice = pick(spec, chip.target, hints)
+    told = choice != pick(spec, chip.target, hints._replace(kv_lens=UNKNOWN))
     workspace = partial_bytes(spec, choice, batch.num_kv_heads, batch.total_q)
     return dataclasses.replace(
         base,
+        kv_lens=batch.kv_lens if told else UNKNOWN,
         kernel=choice.name,
         arch=chip.target.arch,
         num_sms=chip.num_sms,

@@ -13,6 +13,7 @@ import torch
 
 from ..alignment import aligned, is_aligned
 from . import reference
+from .lengths import UNKNOWN, KvLens
 from .merge import merge_partials
 from .plan import BoundKernel, Workspace
 from .spec import AttentionSpec
@@ -48,12 +49,13 @@ def run_attention(
     workspace: Workspace | None = None,
     backend: str = "auto",
     batch_invariant: bool = False,
+    kv_lens: KvLens = UNKNOWN,
 ) -> Launch | None:
     """Write attention of ``q`` over ``k``, ``v`` into ``out`` (and ``lse``).
 
     Shapes as in ``device/args.py``: q ``[total_q, num_qo_heads, head_dim_qk]``, k and v ``[pages, page_size, num_kv_heads, head_dim]``
     (ragged and single: one page that holds every token), out ``[total_q, num_qo_heads, head_dim_vo]``, lse ``[total_q, num_qo_heads]``
-    fp32. Everything has been checked by the caller.
+    fp32. Everything has been checked by the caller. ``kv_lens`` is a hint; of a single request its length is taken from ``k``.
 
     Returns:
         The launch, to be repeated with other tensors of the same shapes and the same metadata; None when there is nothing to repeat.
@@ -65,9 +67,9 @@ def run_attention(
     scalars = (sm_scale, out_scale, soft_cap, lse_scale, rope_scale, rope_theta, window_left)
     if torch.compiler.is_compiling() and backend != "reference":
         status = workspace.status if workspace is not None else None
-        torch.ops.cute_infer.attention(*tensors, status, spec.to_string(), batch_size, *scalars, batch_invariant)
+        torch.ops.cute_infer.attention(*tensors, status, spec.to_string(), batch_size, *scalars, batch_invariant, *kv_lens)
     elif q.is_cuda and backend != "reference":
-        return _launch(spec, batch_size, tensors, scalars, workspace, batch_invariant)
+        return _launch(spec, batch_size, tensors, scalars, workspace, batch_invariant, kv_lens)
     else:
         _reference(spec, tensors, scalars, workspace.status if workspace is not None else None)
     return None
@@ -131,7 +133,13 @@ class Launch:
 
 
 def _launch(
-    spec: AttentionSpec, batch_size: int, tensors: tuple, scalars: tuple, workspace: Workspace | None, batch_invariant: bool
+    spec: AttentionSpec,
+    batch_size: int,
+    tensors: tuple,
+    scalars: tuple,
+    workspace: Workspace | None,
+    batch_invariant: bool,
+    kv_lens: KvLens = UNKNOWN,
 ) -> Launch | None:
     q, k, v, out, lse = tensors[:5]
     total_q, num_qo_heads = q.shape[0], q.shape[1]
@@ -148,11 +156,14 @@ def _launch(
         k, v = (t.new_zeros((1, max(1, t.shape[1]), *t.shape[2:])) for t in (k, v))
         tensors, repeatable = (q, k, v, *tensors[3:]), False
     if sm_scale <= 0.0:  # kernels take row maxima before they scale: q' = -q with a positive scale is the same attention
-        tensors, sm_scale = (q * (-1.0 if sm_scale < 0.0 else 0.0), *tensors[1:]), -sm_scale or 1.0
+        tensors, sm_scale = (_times(q, -1.0 if sm_scale < 0.0 else 0.0), *tensors[1:]), -sm_scale or 1.0
         repeatable = False
     if workspace is None:
         workspace, repeatable = _functional_workspace(q.device), False
-    bound = workspace.bind(spec, batch_size, k.shape[2], total_q, batch_invariant)
+    if spec.kind == "decode" and spec.kv_layout == "single":
+        visible = min(k.shape[1], window_left + 1) if spec.window else k.shape[1]
+        kv_lens = KvLens.of(visible, visible)
+    bound = workspace.bind(spec, batch_size, k.shape[2], total_q, batch_invariant, kv_lens)
     split = bound.choice.tile.split_kv
     out_partial, lse_partial = workspace.partials(bound.num_splits, total_q, num_qo_heads, spec.head_dim_vo) if split else (None, None)
     args = (
@@ -172,6 +183,13 @@ def _launch(
     )
     _run(bound, args)
     return Launch(bound, args) if repeatable else None
+
+
+def _times(q: torch.Tensor, sign: float) -> torch.Tensor:
+    """``q`` times -1 or 0; torch multiplies no 8-bit floats, but their sign is a bit."""
+    if q.dtype.itemsize > 1:
+        return q * sign
+    return (q.view(torch.uint8) ^ 0x80).view(q.dtype) if sign else torch.zeros_like(q)
 
 
 def _run(bound: BoundKernel, args: tuple) -> None:
@@ -241,14 +259,15 @@ _lib.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor? qo_indptr, Tensor? kv_indptr, Tensor? kv_indices, "
     "Tensor? kv_last_page_len, Tensor? mask, Tensor? mask_indptr, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor(c!)? status, "
     "str spec, int batch_size, float sm_scale, float out_scale, float soft_cap, float lse_scale, float rope_scale, float rope_theta, "
-    "int window_left, bool batch_invariant) -> ()"
+    "int window_left, bool batch_invariant, int kv_len_mean, int kv_len_spread) -> ()"
 )
 
 
 def _op_cuda(*args: Any) -> None:
     tensors, status, spec, batch_size, scalars, batch_invariant = args[:14], args[14], args[15], args[16], args[17:24], args[24]
+    kv_lens = KvLens(*args[25:])
     workspace = Workspace(status.device, status=status) if status is not None else None
-    _launch(AttentionSpec.from_string(spec), batch_size, tensors, scalars, workspace, batch_invariant)
+    _launch(AttentionSpec.from_string(spec), batch_size, tensors, scalars, workspace, batch_invariant, kv_lens)
 
 
 def _op_cpu(*args: Any) -> None:

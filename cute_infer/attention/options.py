@@ -96,6 +96,7 @@ class SinglePrefillOptions(SingleOptions, total=False):
     causal: bool
     use_fp16_qk_reduction: bool
     kv_cache_sf: Sequence[torch.Tensor] | None
+    fp8_fast_accumulation: bool
 
 
 class Options(NamedTuple):
@@ -108,10 +109,14 @@ class Options(NamedTuple):
     sm_scale: float | None = None
     rope_scale: float | None = None
     rope_theta: float | None = None
+    fp8_fast_accumulation: bool = False
 
 
 class Scales(NamedTuple):
-    """Scales as kernels take them: floats folded together, device tensors ``[num_kv_heads]`` apart."""
+    """Scales as kernels take them: floats folded together, device tensors ``[num_kv_heads]`` apart.
+
+    With 8-bit queries ``k_scale`` is ``[num_qo_heads]`` and holds the scales of q too.
+    """
 
     sm_scale: float
     out_scale: float
@@ -144,6 +149,7 @@ def _make_spec(
     k_scale: bool,
     v_scale: bool,
     lse: bool,
+    fp8_fast_accumulation: bool = False,
 ) -> AttentionSpec:
     return AttentionSpec(
         kind=kind,
@@ -164,10 +170,16 @@ def _make_spec(
         k_scale=k_scale,
         v_scale=v_scale,
         lse=lse,
+        fp8_fast_accumulation=fp8_fast_accumulation and kind == "prefill" and q_dtype.itemsize == 1,
     )
 
 
 _remembered_spec = functools.lru_cache(maxsize=4096)(_make_spec)
+
+
+def default_output(q_dtype: torch.dtype) -> torch.dtype:
+    """The output dtype of a call that names none: q's, and bfloat16 for 8-bit queries, whose scales a result of 8 bits would not know."""
+    return torch.bfloat16 if q_dtype.itemsize == 1 else q_dtype
 
 
 def parse_dtype(call: str, name: str, dtype: torch.dtype | str) -> torch.dtype:
@@ -207,11 +219,14 @@ def resolve_scales(
     q_scale: Scale,
     k_scale: Scale,
     v_scale: Scale,
+    q_dtype: torch.dtype | None = None,
 ) -> Scales:
     """Fold float scales of q and k into sm_scale and of v into the output; keep tensors on the device, one value per KV head.
 
-    A tensor is never read on the host. It has one element (expanded without a copy) or ``num_kv_heads``.
+    A tensor is never read on the host. It has one element (expanded without a copy) or ``num_kv_heads``; that of 8-bit queries may have
+    ``num_qo_heads``.
     """
+    eight_bit_q = q_dtype is not None and q_dtype.itemsize == 1
     sm_scale = options.sm_scale if options.sm_scale is not None else 1.0 / math.sqrt(head_dim_qk)
     if q_scale is None and k_scale is None and v_scale is None:
         return Scales(sm_scale, 1.0, None, None)
@@ -221,21 +236,35 @@ def resolve_scales(
         if scale is None:
             continue
         if isinstance(scale, torch.Tensor):
-            per_head[name] = _per_kv_head(call, name, scale, num_kv_heads, num_qo_heads, device)
+            per_head[name] = _per_head(call, name, scale, num_kv_heads, num_qo_heads, device, eight_bit_q and name == "q_scale")
         elif name == "v_scale":
             out_scale *= scale
         else:
             sm_scale *= scale
     k = per_head.get("k_scale")
     q = per_head.get("q_scale")
-    if q is not None:
+    if eight_bit_q:
+        k = _per_query_head(q, k, num_kv_heads, num_qo_heads)
+    elif q is not None:
         k = q if k is None else k * q
     return Scales(sm_scale, out_scale, k, per_head.get("v_scale"))
 
 
-def _per_kv_head(call: str, name: str, scale: torch.Tensor, num_kv_heads: int, num_qo_heads: int, device: torch.device) -> torch.Tensor:
+def _per_query_head(q: torch.Tensor | None, k: torch.Tensor | None, num_kv_heads: int, num_qo_heads: int) -> torch.Tensor | None:
+    """``q * k`` ``[num_qo_heads]``; ``q`` may have a value per query head, ``k`` has one per KV head."""
+    parts = [x.view(num_kv_heads, -1) for x in (q, k) if x is not None]
+    if not parts:
+        return None
+    product = parts[0] * parts[1] if len(parts) == 2 else parts[0]
+    return product.expand(num_kv_heads, num_qo_heads // num_kv_heads).reshape(-1)
+
+
+def _per_head(
+    call: str, name: str, scale: torch.Tensor, num_kv_heads: int, num_qo_heads: int, device: torch.device, query_heads: bool
+) -> torch.Tensor:
+    """``[num_kv_heads]``, or as given where ``query_heads`` allows ``[num_qo_heads]``."""
     flat = scale.reshape(-1).to(device=device, dtype=torch.float32)
-    if len(flat) == num_kv_heads:
+    if len(flat) == num_kv_heads or (query_heads and len(flat) == num_qo_heads):
         return flat
     if len(flat) == 1:
         return flat.expand(num_kv_heads)
@@ -245,7 +274,7 @@ def _per_kv_head(call: str, name: str, scale: torch.Tensor, num_kv_heads: int, n
             f"{call}: q_scale has one value per query head",
             got=describe(name, scale),
             expected=f"a float, 1 element, or num_kv_heads={num_kv_heads} elements",
-            fix="multiply the scale into q before it is quantised, or use one scale per KV head",
+            fix="multiply the scale into q (only 8-bit queries take it per head), or use one scale per KV head",
         )
     fail(
         ShapeError,

@@ -91,7 +91,8 @@ class BatchPrefillBase(BatchAttentionWrapper):
 
     def _override(self, causal: bool, pos_encoding_mode: str, window_left: int, *rest: float | None) -> None:
         """forward()'s arguments replace the plan's options from this call on, as in FlashInfer."""
-        self._set_options(Options(causal, pos_encoding_mode, window_left, *rest))
+        options = Options(causal, pos_encoding_mode, window_left, *rest)  # type: ignore[arg-type]
+        self._set_options(options._replace(fp8_fast_accumulation=self._fp8_fast_accumulation))
 
 
 def mask_arrays(

@@ -94,6 +94,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
         o_indptr: torch.Tensor | None = None,
         *,
         validate: bool | None = None,
+        fp8_fast_accumulation: bool = False,
     ) -> None:
         """Describe the batch. ``kv_indptr`` ``[batch_size + 1]`` int32 counts tokens of k and v; the rest as in the paged wrapper's plan().
 
@@ -129,7 +130,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
         if custom_mask is not None or packed_custom_mask is not None:
             known = host or [qo_indptr, kv_indptr]
             arrays |= mask_arrays(known[0], known[1][1:] - known[1][:-1], custom_mask, packed_custom_mask, host is not None)
-        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, fp8_fast_accumulation)
         self._finish_plan(planned, options, arrays)
 
     begin_forward = plan

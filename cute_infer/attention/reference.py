@@ -81,7 +81,7 @@ def attention(
         if r.qo_len == 0:
             continue
         keys, values = _tokens(spec, k, v, r, kv_indices, status)  # [kv_len, num_kv_heads, head_dim] fp32
-        if k_scale is not None:
+        if k_scale is not None and spec.q_bits > 8:
             keys = keys * k_scale.float()[None, :, None]
         if v_scale is not None:
             values = values * v_scale.float()[None, :, None]
@@ -94,6 +94,8 @@ def attention(
             rows = torch.arange(begin, min(begin + rows_at_once, r.qo_len), device=q.device)
             at = slice(r.qo_begin + begin, r.qo_begin + begin + len(rows))
             queries = q[at].float()
+            if k_scale is not None and spec.q_bits == 8:
+                queries = queries * k_scale.float()[None, :, None]
             if spec.pos_encoding == "ROPE_LLAMA":
                 queries = rope(queries, r.kv_len - r.qo_len + rows, rope_scale, rope_theta)
 

@@ -14,7 +14,7 @@ from ..checks import (
     check_tensor,
 )
 from .launch import run_attention
-from .options import Options, Scale, choose_backend, lse_scale, make_spec, resolve_scales
+from .options import Options, Scale, choose_backend, default_output, lse_scale, make_spec, resolve_scales
 from .wrapper import make_outputs
 
 
@@ -49,14 +49,14 @@ def attend(
     rows, num_qo_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group_size = check_heads(call, int(num_qo_heads), int(num_kv_heads))
-    o_dtype = o_dtype or q.dtype
+    o_dtype = o_dtype or default_output(q.dtype)
     check_attention_dtypes(call, q.dtype, k.dtype, o_dtype, "cpu" if backend == "reference" else q.device.type)
     if v.dtype != k.dtype:
         check_planned_dtype(call, "v", v, k.dtype, "k.dtype")
     if sinks is not None:
         check_tensor(call, "sinks", sinks, {"num_qo_heads": num_qo_heads}, dtypes=(torch.float32,), device=q.device)
 
-    scales = resolve_scales(call, options, head_dim, num_kv_heads, num_qo_heads, q.device, q_scale, k_scale, v_scale)
+    scales = resolve_scales(call, options, head_dim, num_kv_heads, num_qo_heads, q.device, q_scale, k_scale, v_scale, q.dtype)
     out, lse = make_outputs(call, q, (rows, num_qo_heads, v.shape[2]), o_dtype, None, None, want_lse)
     spec = make_spec(
         kind,
@@ -77,6 +77,7 @@ def attend(
         scales.k_scale is not None,
         scales.v_scale is not None,
         want_lse,
+        options.fp8_fast_accumulation,
     )
     run_attention(
         spec,

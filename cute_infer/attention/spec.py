@@ -33,9 +33,11 @@ class AttentionSpec:
     pos_encoding   "NONE", "ROPE_LLAMA" (neox halves, applied to q and k on the fly) or "ALIBI".
     custom_mask    packed little-endian bits per request, True = keep; overrides causal.
     sinks          per query head, exp(sink) joins the denominator.
-    k_scale        a device tensor [num_kv_heads] multiplies k (plain float scales are folded into sm_scale and are not static).
+    k_scale        a device tensor [num_kv_heads] multiplies k (plain float scales are folded into sm_scale and are not static). With 8-bit
+                   queries it is [num_qo_heads]: the product of the scales of q and k.
     v_scale        the same for v.
     lse            the log-sum-exp is written.
+    fp8_fast_accumulation   8-bit prefill leaves O in wgmma's short accumulator instead of adding it up in fp32; False for other kernels.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class AttentionSpec:
     k_scale: bool = False
     v_scale: bool = False
     lse: bool = False
+    fp8_fast_accumulation: bool = False
 
     def __post_init__(self) -> None:
         assert self.kind in ("decode", "prefill"), self.kind
@@ -93,6 +96,7 @@ class AttentionSpec:
             self.k_scale,
             self.v_scale,
             self.lse,
+            self.fp8_fast_accumulation,
         )
 
     @staticmethod
@@ -110,7 +114,7 @@ class AttentionSpec:
             words.append(f"page={self.page_size}")
         if self.pos_encoding != "NONE":
             words.append(self.pos_encoding)
-        flags = ("causal", "window", "soft_cap", "custom_mask", "sinks", "k_scale", "v_scale", "lse")
+        flags = ("causal", "window", "soft_cap", "custom_mask", "sinks", "k_scale", "v_scale", "lse", "fp8_fast_accumulation")
         return " ".join(words + [f for f in flags if getattr(self, f)])
 
 

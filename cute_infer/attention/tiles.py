@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UnsupportedConfigError, fail
-from . import tiles_decode_sm80, tiles_decode_sm90, tiles_prefill_sm80, tiles_prefill_sm90
+from . import tiles_decode_sm80, tiles_decode_sm90, tiles_prefill_sm80, tiles_prefill_sm90, tiles_prefill_sm90_fp8
+from .lengths import UNKNOWN, KvLens
 from .spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ INVARIANT_QUERIES = 64  # queries per request of the batch that batch-invariant 
 
 
 class Hints(NamedTuple):
-    """What the host knows about a batch. Lengths are not among it: they stay on the device.
+    """What the host knows about a batch.
 
-    batch_invariant   the tile and the number of splits must not depend on ``batch_size`` and ``total_q``: see :meth:`settled`.
+    batch_invariant   the tile and the number of splits must depend on nothing of the batch: see :meth:`settled`.
+    kv_lens           the classes of its KV lengths, unless they are known on the device only.
     """
 
     batch_size: int
@@ -31,6 +33,7 @@ class Hints(NamedTuple):
     num_sms: int
     total_q: int = 0
     batch_invariant: bool = False
+    kv_lens: KvLens = UNKNOWN
 
     def settled(self) -> Hints:
         """The hints that tile tables may look at.
@@ -41,7 +44,7 @@ class Hints(NamedTuple):
         if not self.batch_invariant:
             return self
         batch_size = -(-2 * self.num_sms // max(1, self.num_kv_heads))
-        return self._replace(batch_size=batch_size, total_q=batch_size * INVARIANT_QUERIES)
+        return self._replace(batch_size=batch_size, total_q=batch_size * INVARIANT_QUERIES, kv_lens=UNKNOWN)
 
 
 class Choice(NamedTuple):
@@ -56,7 +59,7 @@ class Choice(NamedTuple):
 # Newest architecture first: the SM80 kernels run on everything later and are the fallback for what the SM90 kernels refuse.
 CANDIDATES: dict[str, tuple[ModuleType, ...]] = {
     "decode": (tiles_decode_sm90, tiles_decode_sm80),
-    "prefill": (tiles_prefill_sm90, tiles_prefill_sm80),
+    "prefill": (tiles_prefill_sm90, tiles_prefill_sm90_fp8, tiles_prefill_sm80),
 }
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from .lengths import EVEN, LONG, MIXED
 from .spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -19,21 +20,25 @@ PATH = "cute_infer.attention.kernels.decode_sm90:DecodeSm90"
 
 COLUMNS = 8  # query heads are the N side of mma.m16n8k16
 MAX_GROUP_SIZE = 64
+MAX_TOKENS = 64  # of a slot: scores of more would take too many registers
 SLOT_BYTES = 4096  # of K in a slot, and of V: 16 rows of 128 bf16
 SHARED_MEMORY_PER_SM = 228 * 1024  # 1 KiB of it per CTA is the system's
 SHARED_MEMORY_PER_CTA = 227 * 1024
 
 
 class Shape(NamedTuple):
-    """Warps of a CTA, slots of each warp's ring, and CTAs that share an SM."""
+    """Warps of a CTA, slots of each warp's ring, CTAs that share an SM, and the size of a slot in multiples of about 4 KiB of K."""
 
     warps: int
     stages: int
     ctas_per_sm: int
+    slot_size: int = 1
 
 
 DEEP = Shape(4, 3, 2)  # three slots per warp, two CTAs of 4 warps per SM
 CROWDED = Shape(4, 2, 3)  # two slots, three CTAs: as many bytes in flight, and the last wave is finer
+WIDE = Shape(8, 3, 1)  # as many bytes in flight as an SM can hold in one CTA
+THICK = Shape(4, 2, 1, 2)  # two slots of twice the size: fewer, longer steps
 ALONE = Shape(8, 2, 1)  # leaves registers and shared memory for the CTAs of the next launch, which start early
 
 
@@ -77,6 +82,9 @@ class DecodeSm90Tile:
     longest_first   CTAs that start early take the longest requests, so that no long one starts last. Every warp ranks its neighbourhood of
                     256 requests by live lengths; worth it when the grid runs in several waves.
     split_kv        several clusters share one item and leave fp32 partials for the merge kernel.
+    lets_go         when the next launch may start: a CTA's first copies are under way ("filled"), its last ones are ("refilled"), it has
+                    read all KV ("merging"), or not before this launch has ended ("never", which does not start early itself either).
+    prefetch        slots of each warp that L2 is asked for before the previous kernel has finished, with what early_metadata found.
     """
 
     cluster: int
@@ -90,6 +98,8 @@ class DecodeSm90Tile:
     evict_first: bool = False
     longest_first: bool = False
     split_kv: bool = False
+    lets_go: str = "filled"
+    prefetch: int = 0
 
     def num_splits(self, spec: AttentionSpec, hints: Hints) -> int:
         """Clusters that share an item: as many as it takes to give every SM one CTA, at most 16 so that the merge stays short."""
@@ -165,44 +175,92 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
 
 
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
-    """The tile for a batch whose lengths are unknown.
+    """The tile for a batch.
 
     The grid has cluster x items CTAs. While the items do not fill the device, the cluster makes up for it; from several waves on, long
-    requests go first. A row serves every length, so the cells measured for one number of requests (512, 2048, 8192 tokens each, mixed
-    lengths) count together: that tile wins whose largest loss against the best tile of each cell is smallest, and of two that are within
+    requests go first. Where the host knows something of the lengths (``hints.kv_lens``), the fastest tile timed for that class serves.
+    Where it does not, one row serves every length: the cells measured for one number of requests (512, 2048, 8192 tokens each, mixed
+    lengths) count together, that tile wins whose largest loss against the best tile of each cell is smallest, and of two that are within
     3 points of each other the one with the smaller mean loss. docs/kernels/decode_sm90.md has the losses.
 
-    Times: one H200, 2026-11-22, 32/8 heads, head_dim 128, page 16, bf16 unless said. L x n is n tokens for each of L requests. The times of
-    2 x n and those of unsorted clusters had a barrier of the cluster in the merge, which costs clusters of 4 and 8 up to 9 %.
+    Times in us: one H200, 2026-11-22, 32/8 heads, head_dim 128, page 16, bf16 unless said, launches back to back. L x n is n tokens for
+    each of L requests. "After an ordinary kernel": with one before every launch, whose time is included.
     """
     if hints.batch_invariant:  # how KV is dealt to warps decides the order of sums: the same for every batch size, model and device
         return _tile(spec, 4, DEEP, evict_first=True)
     sms, bf16 = hints.num_sms, spec.kv_bits == 16
+    mean, spread = hints.kv_lens
     items = max(1, hints.batch_size * hints.num_kv_heads * head_blocks(spec, _tile(spec, 1, DEEP)))
-    if items <= 2:  # a tensor-parallel shard of one request. 1 x 131072, 8/1 heads, 16 splits: 22.5 us, early 23.2; C2, 64 splits: 22.8
+    if items <= 2:  # a tensor-parallel shard of one request. 1 x 131072, 8/1 heads, 16 splits: 22.5, early 23.2; C2, 64 splits: 22.8
         return _tile(spec, 8, DEEP, split_kv=True)
-    if items <= sms // 12:  # 1 x 512, 2048, 8192: 2.85, 5.15, 11.45 us, late 3.31, 5.33, 11.59; 1 x 32768: 36.5, with 8 warps 34.3
-        return _tile(spec, 8, DEEP, early=True)
-    if items <= sms // 6:  # 2 x 2048, 8192: 7.34, 19.4 us, early 7.48, 19.4; DEEP, early: 8.90, 27.1
+    if items <= sms // 12:
+        if mean == LONG:  # 1 x 32768: 34.4, the other 34.8, this one early 51.3
+            return _tile(spec, 8, WIDE, lets_go="never")
+        # 1 x 512, 2048, 8192: 2.50, 4.89, 10.75, without prefetch 2.68, 4.84, 11.15. After an ordinary kernel 2048, 8192: 8.2, 14.3,
+        # without 7.9, 14.0. fp8 1 x 2048, 8192: 3.60, 7.62, without 3.90, 8.09.
+        return _tile(spec, 8, DEEP, early=True, prefetch=3)
+    if items <= sms // 6:  # 2 x 2048, 8192: 7.07, 19.07, early 7.9, 20.7, C4 WIDE never 7.18, 19.23
         return _tile(spec, 8, CROWDED)
-    if items <= sms // 4:  # 4 x 512, 2048, 8192: 5.07, 10.86, 34.5 us, early 5.09, 11.02, 34.9. 3 x 2048: 9.46, C4 DEEP 9.17, 4 x 2048 14.6
+    if items <= sms // 4:
+        # 4 x 512, 2048, 8192: 5.02, 10.61, 34.3. Early, with prefetch 4.25, 12.0, 35.9, but 7.7 instead of 6.6 at 4 x 512 after an ordinary
+        # kernel. 3 x 2048: 9.26, early, refilled with prefetch 8.76.
         return _tile(spec, 2, ALONE)
-    if items <= sms // 2:  # 8 x 2048, 8192: 18.3, 63.8 us; C2 DEEP 18.7, 63.6. Early costs fp8 1 % at 4 x 2048, 3 % at 16 x 2048
-        return _tile(spec, 2, ALONE, early=bf16)
-    if items <= sms:  # 16 x 512, 2048, 8192: 10.1, 33.7, 124.8 us, C1 of 8 warps 9.8, 33.3, 124.2; but 24 mixed: 3279 GB/s, C1 2394
-        return _tile(spec, 2, DEEP, early=bf16, evict_first=True)
-    if items <= 2 * sms:  # 24 mixed: 4004 GB/s, unsorted 3827; C8 4110, but 64 x 512: 76.6 us, C4 47.2. fp8 24 mixed: 3480
-        return _tile(spec, 4, DEEP, evict_first=True, longest_first=True)
+    if items <= sms // 2:  # 8 x 2048, 8192: 18.3, 63.9, C2 DEEP 18.7, 63.4. Early costs fp8 1 % at 4 x 2048
+        return _tile(spec, 2, DEEP if bf16 and spread == EVEN and mean > 4096 else ALONE, early=bf16)
     together = _heads_together(spec, hints)
+    if items <= sms:
+        if spread == EVEN and items > sms * 7 // 8:  # a CTA for each SM
+            if not bf16:  # 16 x 2048: 17.6, without prefetch 19.4, C1 WIDE 18.8. 16 x 8192: 65.0, with prefetch 73.0, C1 WIDE 66.6
+                prefetch = 3 if mean <= 4096 else 0
+                return _tile(spec, together, DEEP, heads_per_item=together, early=True, evict_first=True, prefetch=prefetch)
+            if mean > 4096:  # 16 x 8192: 122.0, filled 123.4, C2 DEEP early 124.0
+                return _tile(spec, 1, WIDE, evict_first=True, lets_go="never")
+            # 16 x 512, 2048: 9.8, 32.9, never 10.4, 33.1, with prefetch 10.6, 32.8; after an ordinary kernel 512: 11.6, 11.2, 13.7
+            return _tile(spec, 1, WIDE, early=True, evict_first=True)
+        # C1 at 24 mixed: 2394 GB/s, C2 3279; at 8 x 8192 71.8 us, C2 63.4
+        return _tile(spec, 2, DEEP, early=bf16, evict_first=True)
+    if items <= 2 * sms:
+        if spread == MIXED:  # 24 mixed: 138.0, C4 140.5. fp8 24 mixed: 77.2, filled 78.2, C4 99.8
+            return _tile(spec, 8, DEEP, heads_per_item=together, evict_first=True, longest_first=True, lets_go="merging")
+        if spread == EVEN and bf16:
+            if mean <= 4096 and items > sms * 7 // 4:  # 32 x 2048: 61.3, C2 early 64.7; 24 x 2048: 58.7, C2 early 51.7
+                return _tile(spec, 1, DEEP, early=True, evict_first=True, prefetch=3)
+            # 24 x 2048: 51.7, C4 51.2; 32 x 2048, 8192: 64.7, 242.4, C4 66.5, 247.6, C4 longest first 68.8, 250.1
+            return _tile(spec, 2, DEEP, early=True, evict_first=True)
+        return _tile(spec, 4, DEEP, evict_first=True, longest_first=True)  # C8 takes 76.6 at 64 x 512, C4 47.2
+    last_wave = items % (2 * sms)
+    if spread == EVEN and (last_wave == 0 or last_wave > sms // 2 or items >= 8 * sms):
+        return _tile_of_even_waves(spec, hints, items)
     if items < 8 * sms:
+        if spread == MIXED and bf16:  # 64 mixed: 347.8, C2 DEEP 363.5, C8 DEEP 371.9
+            return _tile(spec, 4, CROWDED, heads_per_item=together, evict_first=True, longest_first=True)
+        if spread == MIXED:  # fp8 64 mixed: 186.8, filled 188.0, C8 191.4, C2 237.8
+            return _tile(spec, 4, DEEP, heads_per_item=together, evict_first=True, longest_first=True, lets_go="merging")
         # 64 x 512, 2048, 8192, 64 mixed: C2 DEEP 3466, 4243, 4418, 4245 GB/s, C4 CROWDED 3433, 4251, 4332, 4432. The rule says the latter
         # by two points; C2 is ahead of the best peer (3246, 4101, 4364, 4091, another run) in all four, which counts for more.
         # fp8: 64 mixed: C4 CROWDED 3771 GB/s, C4 DEEP 4082, unsorted 3772; 64 x 512: 24.3 us, 28.4, 26.5; 64 x 8192: 4244 GB/s, 4173, 4157.
         cluster, shape = (2, DEEP) if bf16 else (4, CROWDED)
         return _tile(spec, cluster, shape, heads_per_item=together, evict_first=True, longest_first=True)
-    # As many CTAs as KV heads. 256 mixed: 4523 GB/s, unsorted 4342; 256 x 512: 125.0 us, unsorted 123.3, C4 CROWDED 137.6.
+    # As many CTAs as KV heads. 256 mixed: 1364, C2 1367, C4 1389; 256 x 512: 125.0, unsorted 123.3, C4 CROWDED 137.6.
     # fp8, C2 with two heads: 256 mixed 4374 GB/s, C1 unsorted 3746; 256 x 512: 73.3 us, 66.5.
     return _tile(spec, together, DEEP, heads_per_item=together, evict_first=True, longest_first=True)
+
+
+def _tile_of_even_waves(spec: AttentionSpec, hints: Hints, items: int) -> DecodeSm90Tile:
+    """:func:`choose` for several waves of requests about equally long, the last of which is not nearly empty."""
+    mean, sms, together = hints.kv_lens.mean, hints.num_sms, _heads_together(spec, hints)
+    many = items >= 8 * sms
+    if spec.kv_bits == 16:
+        if sms * 7 // 2 < items <= 4 * sms and together == 1 and hints.num_kv_heads % 2 == 0:
+            # Pairs of heads are just one wave. 64 x 512, 2048, 8192: 33.9, 123.5, 479.6, one head, early 34.1, 123.9, 481.5
+            return _tile(spec, 1, DEEP, heads_per_item=2, evict_first=True, lets_go="never")
+        if many and mean > 4096:  # 256 x 8192: 1892.7, DEEP early 1900.0
+            return _tile(spec, 1, CROWDED, heads_per_item=together, evict_first=True)
+        return _tile(spec, 1, DEEP, heads_per_item=together, early=True, evict_first=True)  # 256 x 512: 123.2, longest first 125.0
+    if mean > 4096:  # 64 x 8192: DEEP never 246.9, THICK 247.3; 256 x 8192: THICK 961.8, C4 DEEP longest first 971.2, DEEP never 984.0
+        return _tile(spec, 1, THICK if many else DEEP, heads_per_item=together, evict_first=True, lets_go="never")
+    # 64 x 512, 2048: 19.0, 63.7, never 19.7, 65.3. 256 x 512: 66.5 without prefetch, never 66.7
+    return _tile(spec, 1, DEEP, heads_per_item=together, early=not many, evict_first=True, prefetch=0 if many else 3)
 
 
 def _heads_together(spec: AttentionSpec, hints: Hints) -> int:
@@ -224,10 +282,17 @@ def _tile(
     evict_first: bool = False,
     longest_first: bool = False,
     split_kv: bool = False,
+    prefetch: int = 0,
+    lets_go: str = "filled",
 ) -> DecodeSm90Tile:
-    """The tile of that shape, or of the next smaller one that fits the SM's registers and shared memory; no flag where it cannot apply."""
+    """The tile of that shape, or of the next smaller one that fits the SM's registers and shared memory; no flag where it cannot apply.
+
+    With ``prefetch`` (of an early tile) the next launch starts when the last copies are under way, lest its requests delay them.
+    """
     # Two tiles of 8 heads (a group of up to 16) share each K and V fragment; wider heads have no registers for that.
     head_tiles = 2 if spec.group_size > COLUMNS and max(spec.head_dim_qk, spec.head_dim_vo) <= 128 else 1
+    early = early and spec.kv_layout == "paged" and not gathers(spec)
+    prefetch = prefetch if early else 0
     tile = DecodeSm90Tile(
         cluster=cluster,
         warps=4,
@@ -235,21 +300,26 @@ def _tile(
         tokens=_tokens(spec),
         head_tiles=head_tiles,
         heads_per_item=heads_per_item,
-        early_metadata=early and spec.kv_layout == "paged" and not gathers(spec),
+        early_metadata=early,
         longest_first=longest_first and spec.kv_layout != "single",
         split_kv=split_kv,
+        prefetch=prefetch,
+        lets_go="refilled" if prefetch else lets_go,
     )
     tile = dataclasses.replace(tile, evict_first=evict_first and head_blocks(spec, tile) == 1)
     # Rows beyond 256 bytes take 16 KiB per slot, so that less fits.
-    for warps, stages, ctas_per_sm in (shape, DEEP, Shape(4, 2, 2), Shape(4, 3, 1)):
-        candidate = dataclasses.replace(tile, warps=warps, stages=stages, ctas_per_sm=ctas_per_sm)
+    for warps, stages, ctas_per_sm, slot_size in (shape, DEEP, Shape(4, 2, 2), Shape(4, 3, 1)):
+        tokens = slot_size * tile.tokens
+        candidate = dataclasses.replace(tile, warps=warps, stages=stages, ctas_per_sm=ctas_per_sm, tokens=tokens)
         if _fits(spec, candidate):
             return candidate
     raise AssertionError(f"no shape fits {spec}")
 
 
 def _fits(spec: AttentionSpec, tile: DecodeSm90Tile) -> bool:
-    """Whether ``ctas_per_sm`` CTAs have the shared memory, and their threads the registers (168 in three CTAs of 4 warps)."""
+    """Whether slots and pages match, and ``ctas_per_sm`` CTAs have the shared memory and the registers (168 in three CTAs of 4 warps)."""
+    if tile.tokens > _tokens(spec) and (gathers(spec) or tile.tokens > MAX_TOKENS or not _divides(spec.page_size, tile.tokens)):
+        return False
     if tile.ctas_per_sm == 3 and (tile.head_tiles > 1 or max(spec.head_dim_qk, spec.head_dim_vo) > 128):
         return False  # up to 194 and 207 registers
     return smem_bytes(spec, tile) <= min(SHARED_MEMORY_PER_CTA, SHARED_MEMORY_PER_SM // tile.ctas_per_sm - 1024)
@@ -277,11 +347,16 @@ def _tokens(spec: AttentionSpec) -> int:
 
 def _box_tokens(spec: AttentionSpec) -> int:
     """The most tokens a slot of boxes may have: about 4 KiB of K, and a whole number of pages or of slots per page; 0 when no size fits."""
-    for tokens in (64, 32, 16):
+    for tokens in (MAX_TOKENS, 32, 16):
         page = spec.page_size or tokens
-        if (tokens == 16 or tokens * _row_bytes(spec) <= SLOT_BYTES) and page % 8 == 0 and (page % tokens == 0 or tokens % page == 0):
+        if (tokens == 16 or tokens * _row_bytes(spec) <= SLOT_BYTES) and page % 8 == 0 and _divides(page, tokens):
             return tokens
     return 0
+
+
+def _divides(page_size: int, tokens: int) -> bool:
+    """Whether a slot is a whole number of pages (or of nothing, where there are none), or a page a whole number of slots."""
+    return not page_size or page_size % tokens == 0 or tokens % page_size == 0
 
 
 def _row_bytes(spec: AttentionSpec) -> int:

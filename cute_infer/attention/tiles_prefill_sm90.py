@@ -70,7 +70,8 @@ class PrefillSm90Tile:
 # 24*128 + 2*240*128 = 64,512 of 64,512. Where the producer also walks indptr and page tables it gets more, 40*128 + 2*232*128 = 64,512:
 # with 24 the paged variants spill (24 to 48 bytes of stack), with 40 none does [compiled, 2026-11-22].
 # Three consumer groups: 32*128 + 3*160*128 = 65,536 of 65,536.
-_LEAN, _SCAN, _THREE_GROUPS = (24, 240), (40, 232), (32, 160)
+# Gathering pages computes addresses, 56*128 + 2*224*128 = 64,512: with 40 it spills 24 to 68 bytes [compiled, 2026-11-22].
+_LEAN, _SCAN, _GATHER, _THREE_GROUPS = (24, 240), (40, 232), (56, 224), (32, 160)
 
 # (head_dim_qk, head_dim_vo): tile_kv, stages, Q buffers, consumer groups, reason
 _TABLE = {
@@ -90,6 +91,11 @@ MAX_SPLITS = 32
 # Packed / not, us: 32 x 16 over 4k 128 / 281, 1 x 128 over 32k 108 / 107, 8 x 128 over 8k 210 / 196; 1k and longer lose up to 5 % [H200,
 # 2026-11-22, groups of 4, causal].
 PACK_BELOW = 64
+
+
+def gathers(page_size: int, tile_kv: int) -> bool:
+    """Whether pages are gathered row by row: TMA wants whole groups of 8 tokens, and pages that tile the tile or that the tile tiles."""
+    return page_size % 8 != 0 or (tile_kv % page_size != 0 and page_size % tile_kv != 0)
 
 
 def _items(tile: PrefillSm90Tile, spec: AttentionSpec, hints: Hints) -> int:
@@ -113,25 +119,19 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
         return f"o_dtype={spec.o_dtype} differs from q_dtype={spec.q_dtype}"
     if (spec.head_dim_qk, spec.head_dim_vo) not in _TABLE:
         return f"head_dim_qk={spec.head_dim_qk} head_dim_vo={spec.head_dim_vo} is not one of {sorted(_TABLE)}"
-    if spec.custom_mask:
-        return "custom masks are not implemented here"
-    if spec.pos_encoding != "NONE":
+    if spec.pos_encoding not in ("NONE", "ALIBI"):
         return f"pos_encoding={spec.pos_encoding} is not implemented here"
-    if spec.kv_layout == "paged":
-        if spec.page_size < 16:
-            return f"page_size={spec.page_size} is below 16 tokens, the smallest TMA box used here"
-        tile = _TABLE[spec.head_dim_qk, spec.head_dim_vo][0]
-        if tile % spec.page_size and spec.page_size % tile:
-            return f"page_size={spec.page_size} neither divides the KV tile of {tile} tokens nor is a multiple of it"
     return None
 
 
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> PrefillSm90Tile:
     """The tile for ``spec``; call only where :func:`why_not` returned None."""
     tile_kv, num_stages, num_q_buffers, num_groups, _ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
-    if spec.window:
-        num_groups = 2  # with three the window's loop spills 96 bytes
+    if spec.window or spec.custom_mask or spec.pos_encoding == "ALIBI":
+        num_groups = 2  # with three the window's loop spills 96 bytes; the words of a mask and slopes take registers too
     producer_regs, consumer_regs = _THREE_GROUPS if num_groups == 3 else _LEAN if spec.kv_layout == "single" else _SCAN
+    if spec.kv_layout == "paged" and gathers(spec.page_size, tile_kv) and num_groups == 2:
+        producer_regs, consumer_regs = _GATHER
     pack = 64 % spec.group_size == 0 and spec.group_size > 1 and hints.total_q < PACK_BELOW * hints.batch_size
     tile = PrefillSm90Tile(64 * num_groups, tile_kv, num_stages, num_q_buffers, num_groups, producer_regs, consumer_regs, pack)
     if 2 * _items(tile, spec, hints) <= hints.num_sms:

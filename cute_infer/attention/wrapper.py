@@ -34,8 +34,9 @@ from ..checks import (
 from ..errors import ConfigError, DeviceError, PageTableError, PlanError, ShapeError, UnsupportedConfigError, fail
 from .explain import Batch, Chip, Explanation, Request, chip_named, chip_of, explain
 from .launch import Launch, run_attention
+from .lengths import UNKNOWN, KvLens
 from .metadata import to_device
-from .options import LSE_SCALE, Options, Scale, choose_backend, lse_scale, make_spec, parse_dtype, resolve_scales
+from .options import LSE_SCALE, Options, Scale, choose_backend, default_output, lse_scale, make_spec, parse_dtype, resolve_scales
 from .plan import Workspace, bind, workspace_bytes
 from .spec import AttentionSpec
 
@@ -44,7 +45,7 @@ class Planned(NamedTuple):
     """What plan() was told. ``None`` stands for what the host was not told: it is then not checked.
 
     total_q     rows of q.   total_kv  tokens of k and v (ragged).   page_ids  smallest and largest page id in use (paged).
-    batch_invariant   the kernel is chosen without looking at the batch.
+    batch_invariant   the kernel is chosen without looking at the batch.   kv_lens  the class of its KV lengths, a hint.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Planned(NamedTuple):
     total_kv: int | None = None
     page_ids: tuple[int, int] | None = None
     batch_invariant: bool = False
+    kv_lens: KvLens = UNKNOWN
 
     @property
     def group_size(self) -> int:
@@ -82,7 +84,8 @@ class _PlanModule:
 # Attributes that a run() reads besides its arguments. Engines assign to some of them, so a kept launch is dropped with any of them.
 _READ_BY_RUN = frozenset(
     (
-        "_backend _plan_info _causal _pos_encoding_mode _window_left _logits_soft_cap _sm_scale _rope_scale _rope_theta _qo_indptr_buf "
+        "_backend _plan_info _causal _pos_encoding_mode _window_left _logits_soft_cap _sm_scale _rope_scale _rope_theta "
+        "_fp8_fast_accumulation _qo_indptr_buf "
         "_paged_kv_indptr_buf _paged_kv_indices_buf _paged_kv_last_page_len_buf _kv_indptr_buf _custom_mask_buf _mask_indptr_buf"
     ).split()
 )
@@ -177,7 +180,7 @@ class BatchAttentionWrapper:
         plan = self._plan_info
         spec = self._spec or self._make_spec(self._get_options(), plan.head_dim_vo or plan.head_dim_qk)
         total_q = plan.total_q or plan.batch_size
-        return bind(spec, self._device, plan.batch_size, plan.num_kv_heads, total_q, plan.batch_invariant).choice.name
+        return bind(spec, self._device, plan.batch_size, plan.num_kv_heads, total_q, plan.batch_invariant, plan.kv_lens).choice.name
 
     def check(self) -> None:
         """Wait for the device and raise PageTableError if any run() since the last check met a page id outside the cache.
@@ -229,7 +232,7 @@ class BatchAttentionWrapper:
         requests = self._requests() if lengths else None
         total_q = plan.total_q if plan.total_q is not None else sum(r.qo_len for r in requests) if requests else plan.batch_size
         spec = self._spec or self._make_spec(self._get_options(), plan.head_dim_vo or plan.head_dim_qk)
-        batch = Batch(plan.batch_size, plan.num_kv_heads, total_q, self._window_left, plan.batch_invariant, requests)
+        batch = Batch(plan.batch_size, plan.num_kv_heads, total_q, self._window_left, plan.batch_invariant, requests, plan.kv_lens)
         return explain(spec, batch, chip)
 
     def _on_gpu(self) -> bool:
@@ -273,6 +276,7 @@ class BatchAttentionWrapper:
             _sm_scale=options.sm_scale,
             _rope_scale=options.rope_scale,
             _rope_theta=options.rope_theta,
+            _fp8_fast_accumulation=options.fp8_fast_accumulation,
             _launch=None,
         )
 
@@ -285,6 +289,7 @@ class BatchAttentionWrapper:
             self._sm_scale,
             self._rope_scale,
             self._rope_theta,
+            self._fp8_fast_accumulation,
         )
 
     def _use_device(self, device: torch.device) -> Workspace:
@@ -308,7 +313,7 @@ class BatchAttentionWrapper:
     ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
         q_dtype = parse_dtype("plan()", "q_data_type", q)
         kv_dtype = parse_dtype("plan()", "kv_data_type", kv) if kv is not None else q_dtype
-        o_dtype = parse_dtype("plan()", "o_data_type", o) if o is not None else q_dtype
+        o_dtype = parse_dtype("plan()", "o_data_type", o) if o is not None else default_output(q_dtype)
         check_attention_dtypes("plan()", q_dtype, kv_dtype, o_dtype, self._kernel_device())
         return q_dtype, kv_dtype, o_dtype
 
@@ -369,7 +374,7 @@ class BatchAttentionWrapper:
         spec = self._make_spec(options, planned.head_dim_vo or planned.head_dim_qk)
         try:
             workspace = self._workspace or self._use_device(device)
-            workspace.bind(spec, planned.batch_size, planned.num_kv_heads, planned.total_q, planned.batch_invariant)
+            workspace.bind(spec, planned.batch_size, planned.num_kv_heads, planned.total_q, planned.batch_invariant, planned.kv_lens)
         except UnsupportedConfigError:
             if planned.head_dim_vo is not None:
                 raise  # otherwise V's dimension is not known yet, and run() has the last word
@@ -379,7 +384,7 @@ class BatchAttentionWrapper:
         device = self._device or torch.device("cpu")
         if self._backend == "reference":
             device = torch.device("cpu")
-        args = (planned.batch_size, planned.num_kv_heads, planned.total_q or planned.batch_size, planned.batch_invariant)
+        args = (planned.batch_size, planned.num_kv_heads, planned.total_q or planned.batch_size, planned.batch_invariant, planned.kv_lens)
         spec = self._spec_of(planned, options, planned.head_dim_vo or planned.head_dim_qk)
         return workspace_bytes(spec, device, *args), 16
 
@@ -419,6 +424,7 @@ class BatchAttentionWrapper:
             k_scale,
             v_scale,
             lse,
+            options.fp8_fast_accumulation,
         )
 
     def _planned(self, call: str = "run()") -> Planned:
@@ -591,7 +597,7 @@ class BatchAttentionWrapper:
         plan = self._planned()
         workspace = self._accept(plan, q, k, v)
         scales = resolve_scales(
-            "run()", options, plan.head_dim_qk, plan.num_kv_heads, plan.num_qo_heads, q.device, q_scale, k_scale, v_scale
+            "run()", options, plan.head_dim_qk, plan.num_kv_heads, plan.num_qo_heads, q.device, q_scale, k_scale, v_scale, plan.q_dtype
         )
         head_dim_vo = plan.head_dim_vo or int(v.shape[3])
         shape = (q.shape[0], plan.num_qo_heads, head_dim_vo)
@@ -626,6 +632,7 @@ class BatchAttentionWrapper:
             workspace=workspace,
             backend="reference" if self._backend == "reference" else "auto",
             batch_invariant=plan.batch_invariant,
+            kv_lens=plan.kv_lens,
         )
         if launch is not None and scales.k_scale is None and scales.v_scale is None and options.window_left == self._window_left:
             self._default_sm_scale = 1.0 / math.sqrt(plan.head_dim_qk)
@@ -643,6 +650,7 @@ class BatchAttentionWrapper:
     _sm_scale: float | None
     _rope_scale: float | None
     _rope_theta: float | None
+    _fp8_fast_accumulation: bool
     _default_sm_scale: float
     _qo_indptr_buf: torch.Tensor | None
     _custom_mask_buf: torch.Tensor | None

@@ -18,6 +18,9 @@ Tested with transformers 5.17.0 and 5.23.0.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -142,12 +145,32 @@ def _paged_attention(
             expected="a call from continuous batching (model.generate_batch)",
             fix='use register() and attn_implementation="cute_infer" for an ordinary forward',
         )
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    k, v = _update_paged(cache, key, value, module.layer_idx, kwargs)
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
     options = _Options(True, scaling, sliding_window, softcap, sinks)
-    qo_indptr, kv_indptr = kwargs["cu_seq_lens_q"].to(torch.int32), kwargs["cu_seq_lens_k"].to(torch.int32)
-    out = _run("prefill", "ragged", query[0].transpose(0, 1), _tokens(key), _tokens(value), options, qo_indptr, kv_indptr)
+    kv_indptr = kwargs["cu_seq_lens_k"]
+    if isinstance(kv_indptr, dict):  # in versions whose cache does not pick the layer's own
+        kv_indptr = kv_indptr["full_attention" if sliding_window is None else "sliding_attention"]
+    qo_indptr, kv_indptr = kwargs["cu_seq_lens_q"].to(torch.int32), kv_indptr.to(torch.int32)
+    out = _run("prefill", "ragged", query[0].transpose(0, 1), k, v, options, qo_indptr, kv_indptr)
     return out.unsqueeze(0), None
+
+
+def _update_paged(
+    cache: Any, key: torch.Tensor, value: torch.Tensor, layer: Any, call: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write new tokens ``[1, heads, tokens, dim]`` to the cache; those to attend to as ``[1, tokens, heads, dim]``."""
+    if _takes_kwargs(type(cache).update):
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=call)
+        return _tokens(key), _tokens(value)
+    # Up to transformers 5.17 the two index tensors come one by one and the result has no batch dimension.
+    key, value = cache.update(key, value, layer, read_index=call["read_index"], write_index=call["write_index"])
+    return key.unsqueeze(0), value.unsqueeze(0)
+
+
+@functools.lru_cache(maxsize=8)
+def _takes_kwargs(update: Callable[..., Any]) -> bool:
+    return "kwargs" in inspect.signature(update).parameters
 
 
 # -------------------------------------------------------------------------------------------------------------------------- refusals

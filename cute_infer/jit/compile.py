@@ -29,6 +29,7 @@ from .bundle import Bundle
 from .cache import DiskCache, Entry
 from .inspect import KernelFacts
 from .key import Request, canonical_json, digest, object_key, request_inputs
+from .library import start_runtime
 from .sources import source_fingerprint
 from .target import Target
 from .toolchain import toolchain
@@ -137,6 +138,7 @@ _bundle = functools.lru_cache(maxsize=8)(Bundle)
 
 def _load(request: Request, target: Target) -> CompiledKernel:
     slot = (request.path, request.spec, request.tile, target)
+    start_runtime()
     started = time.perf_counter()
     with _state.lock:
         kernel = _state.memory.get(slot)  # another thread may have been faster

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..checks import check_tensor
 from ..errors import ShapeError, fail
-from . import ops as _ops  # noqa: F401  (registers the torch ops)
-from .params import FLOATS, Param, check_rows, per_row
+from . import ops as _ops
+from .params import FLOATS, Param, check_rows, is_traced, per_row
 
 
 def _rewrite(
@@ -15,12 +17,13 @@ def _rewrite(
 ) -> torch.Tensor:
     check_rows(call, name, x)
     rows = x.shape[0]
-    filters = (
+    filters: tuple[Any, ...] = (
         *per_row(temperature, torch.float32, rows, x, None),
         *per_row(top_k, torch.int32, rows, x, None),
         *per_row(top_p, torch.float32, rows, x, None),
     )
-    return torch.ops.cute_infer.rewrite_rows(x, output, name == "probs", *filters)
+    run = torch.ops.cute_infer.rewrite_rows if is_traced(x) else _ops.rewrite
+    return run(x, output, name == "probs", *filters)
 
 
 def softmax(logits: torch.Tensor, temperature: Param = None, enable_pdl: bool | None = None) -> torch.Tensor:

@@ -71,7 +71,7 @@ def launch_rows(
         x = x.contiguous()
     draws = output == "ids"
     vector = 16 // x.element_size()
-    aligned = vocab % vector == 0 and is_aligned(x) and (draws or is_aligned(out))
+    aligned = vocab % vector == 0 and x.stride(0) % vector == 0 and x.data_ptr() % 16 == 0 and (draws or is_aligned(out))
     k_mode = _mode(top_k, top_k_value, top_k_value is not None and not 0 < top_k_value < vocab)
     p_mode = _mode(top_p, top_p_value, top_p_value is not None and top_p_value >= 1)
     spec = (
@@ -90,15 +90,16 @@ def launch_rows(
         aligned,
     )
     kernel = _row_kernel(x.device, vocab, slots, spec)
-    modes = dict(zip(("temperature", "top_k", "top_p", "min_p"), spec[3:7]))
-    tensors = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     kernel(
         x,
         out,
         valid,
         logprob,
         indices,
-        *(tensors[name] if mode == "row" else None for name, mode in modes.items()),
+        temperature,
+        top_k,
+        top_p,
+        min_p,
         seed,
         offset,
         1.0 if temperature_value is None else temperature_value,

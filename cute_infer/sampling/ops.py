@@ -2,6 +2,7 @@
 
 Functional ops: they return new tensors, so torch.compile(fullgraph=True) traces through them. Random numbers: with neither ``seed`` nor
 ``seed_value`` the implementation asks the generator when it runs, inside a compiled graph too (the tag keeps calls from being merged).
+A call that nobody traces goes to :func:`draw` or :func:`rewrite` without the dispatcher.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _sample_meta(x: torch.Tensor, is_probs: bool, indices: torch.Tensor | None, 
     )
 
 
-def _sample(
+def draw(
     x: torch.Tensor,
     is_probs: bool,
     indices: torch.Tensor | None,
@@ -96,12 +97,13 @@ def _sample(
     k_first: bool,
     logprob: bool,
     *random: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(ids int32, valid bool or uint8, log-probability or None); the arguments of the op ``sample_rows``."""
     slots = x.shape[0] if indices is None else indices.shape[0]
     start = _start(x.device, slots, *random)
     if _use_reference(x.device):
         f32 = torch.float32
-        ids, valid, log = reference.sample_rows(
+        ids, valid, logprobs = reference.sample_rows(
             x,
             is_probs,
             indices=indices,
@@ -112,15 +114,17 @@ def _sample(
             **_reference_start(start, slots, x),
             k_first=k_first,
         )
-        return ids, valid, log if logprob else log[:0].clone()
-    ids, valid, log = _sample_meta(x, is_probs, indices, *[None] * 9, logprob)
+        return ids, valid, logprobs if logprob else None
+    ids = x.new_empty(slots, dtype=torch.int32)
+    valid = x.new_empty(slots, dtype=torch.uint8)
+    log = x.new_empty(slots, dtype=torch.float32) if logprob else None
     launch_rows(
         x,
         "ids",
         is_probs,
         ids,
-        valid=valid.view(torch.uint8),
-        logprob=log if logprob else None,
+        valid=valid,
+        logprob=log,
         indices=indices,
         temperature=temperature,
         temperature_value=temperature_value,
@@ -136,11 +140,16 @@ def _sample(
     return ids, valid, log
 
 
+def _sample(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids, valid, log = draw(x, *args)
+    return ids, valid.view(torch.bool), x.new_empty(0, dtype=torch.float32) if log is None else log
+
+
 def _rewrite_meta(x: torch.Tensor, output: str, *args: Any) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=torch.float32 if output == "softmax" else x.dtype)
 
 
-def _rewrite(
+def rewrite(
     x: torch.Tensor,
     output: str,
     is_probs: bool,
@@ -151,6 +160,7 @@ def _rewrite(
     top_p: torch.Tensor | None,
     top_p_value: float | None,
 ) -> torch.Tensor:
+    """The op ``rewrite_rows``."""
     if _use_reference(x.device):
         rows = x.shape[0]
         return reference.rewrite_rows(
@@ -194,7 +204,7 @@ def _chain(draft: torch.Tensor, draft_ids: torch.Tensor, target: torch.Tensor, *
 
 for _name, _run, _meta in (
     ("sample_rows", _sample, _sample_meta),
-    ("rewrite_rows", _rewrite, _rewrite_meta),
+    ("rewrite_rows", rewrite, _rewrite_meta),
     ("chain_speculative", _chain, _chain_meta),
 ):
     _lib.impl(_name, _run, "CUDA")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ..checks import check_tensor, describe
 from ..errors import ConfigError, DeviceError, DTypeError, ShapeError, fail
@@ -25,6 +26,11 @@ def check_rows(call: str, name: str, x: Any, check_nan: bool = False) -> None:
         fail(ShapeError, f"{call}: vocab={x.shape[1]} is not in 1..{MAX_VOCAB}", got=describe(name, x))
     if check_nan and bool(torch.isnan(x).any()):
         raise ConfigError(f"Input {name} contains NaN.")
+
+
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether the call must be an op in the dispatcher's eyes: while compiling, and for tensors that stand for others."""
+    return is_compiling() or type(x) is not torch.Tensor
 
 
 def check_indices(call: str, indices: torch.Tensor | None, x: torch.Tensor) -> int:

@@ -3,7 +3,7 @@
 Where the kernels agree with this file, and how far:
 
 * Philox words, masses of probabilities, sums, limits, thresholds, ties, ``valid`` and the order in which tokens are drawn: bit for bit,
-  because they are integers (or one correctly rounded double product).
+  because they are integers (or one correctly rounded double product, or fp32 additions that both sides do in one order).
 * Masses of logits: the hardware's exp2 is a few units in the last place off torch's, a relative 2**-22. So an id differs only when the
   draw falls that close to the border between two tokens, and top-p keeps one value more or less only when the sum passes p that closely.
 * ``softmax`` and ``renorm`` outputs: to fp32 rounding.
@@ -15,6 +15,7 @@ import torch
 
 LOG2_E = 1.4426950408889634
 ONE = float(1 << 31)  # the mass of the most likely token
+WHOLE = float(1 << 23)
 MASK32 = 0xFFFFFFFF
 TINY = 1e-30  # a row of probabilities whose largest is below this is all zero
 
@@ -55,8 +56,13 @@ def row_masses(x: torch.Tensor, is_probs: bool, temperature: torch.Tensor | None
         if temperature is not None:
             t = temperature.float()[:, None]
             inverse_t = torch.where(t > 0, inverse_t / torch.where(t > 0, t, 1.0), inverse_t)
-        real = torch.exp2(((x - top).double() * inverse_t.double() + 31.0).float())  # the kernels use one fused multiply-add
+        real = torch.exp2((x - top) * inverse_t) * ONE
     return torch.where(valid, real, 0.0), valid[:, 0]
+
+
+def whole(real: torch.Tensor) -> torch.Tensor:
+    """Whole numbers near the real masses, by adding 2**23 and taking it away in fp32, as the kernels do."""
+    return ((real + WHOLE) - WHOLE).long()
 
 
 def nucleus_limit(p: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -127,7 +133,7 @@ def sample_rows(
 
     real, valid = row_masses(x, is_probs, temperature)
     x = torch.where(valid[:, None], x, 0.0)
-    mass = real.long()
+    mass = whole(real)
     if top_k is not None or top_p is not None:
         mass = torch.where(x >= thresholds(x, mass, top_k, top_p, k_first)[:, None], mass, 0)
     if min_p is not None:
@@ -175,7 +181,7 @@ def rewrite_rows(
     clean = torch.where(valid[:, None], x, 0.0)
     keep = torch.ones_like(x, dtype=torch.bool)
     if top_k is not None or top_p is not None:
-        keep = clean >= thresholds(clean, real.long(), top_k, top_p, k_first=False)[:, None]
+        keep = clean >= thresholds(clean, whole(real), top_k, top_p, k_first=False)[:, None]
     if output == "mask":
         return torch.where(keep | ~valid[:, None], original, -torch.inf)
     if temperature is not None:

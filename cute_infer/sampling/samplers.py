@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from ..errors import LayoutError, fail
-from . import ops as _ops  # noqa: F401  (registers the torch ops)
-from .params import Param, check_indices, check_rows, per_row, random_start
+from . import ops as _ops
+from .params import Param, check_indices, check_rows, is_traced, per_row, random_start
 from .spelling import short_spelling
 
 ORDERS = ("top_k_first", "joint")
@@ -52,7 +52,7 @@ def _draw(
     check_rows(call, "probs" if is_probs else "logits", x, check_nan)
     slots = check_indices(call, indices, x)
     f32 = torch.float32
-    filters = (
+    filters: tuple[Any, ...] = (
         *per_row(temperature, f32, slots, x, indices),
         *per_row(top_k, torch.int32, slots, x, indices),
         *per_row(top_p, f32, slots, x, indices),
@@ -62,10 +62,11 @@ def _draw(
     offset_rows, offset_value, _ = random_start(call, offset, "offset", slots, x.device)
     rows = None if indices is None else indices.to(torch.int32)
     random = (seed_rows, seed_value, offset_rows, offset_value, not seed_per_row, generator)
-    ids, valid, logprob = torch.ops.cute_infer.sample_rows(x, is_probs, rows, *filters, k_first, return_logprob, *random)
+    run = torch.ops.cute_infer.sample_rows if is_traced(x) else _ops.draw
+    ids, valid, logprob = run(x, is_probs, rows, *filters, k_first, return_logprob, *random)
     if indices is not None and indices.dtype != ids.dtype:
         ids = ids.to(indices.dtype)
-    results = (ids, valid) if return_valid else (ids,)
+    results = (ids, valid.view(torch.bool)) if return_valid else (ids,)
     if return_logprob:
         results = (*results, logprob)
     return results if len(results) > 1 else ids

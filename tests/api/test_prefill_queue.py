@@ -80,12 +80,29 @@ def indptr(lengths):
     return np.concatenate([[0], np.cumsum(lengths)]).astype(int)
 
 
-def tickets(module, layout, qo, kv, kv_heads=2, group=1, *, causal=True, pack=False, splits=1, tile_q=128, ctas=132, budget=None, rng):
+def tickets(
+    module,
+    layout,
+    qo,
+    kv,
+    kv_heads=2,
+    group=1,
+    *,
+    causal=True,
+    pack=False,
+    splits=1,
+    tile_q=128,
+    ctas=132,
+    budget=None,
+    numbered=False,
+    rng,
+):
     """{(request, block, head, split): ticket} of a batch, drawn by ``ctas`` CTAs in random interleaving; every item's words are checked."""
     spec = types.SimpleNamespace(
-        group_size=group, causal=causal, page_size=PAGE if layout == "paged" else 0, kv_layout=layout, head_dim_qk=128, head_dim_vo=128
-    )
-    queue = module.Queue(spec, types.SimpleNamespace(tile_q=tile_q, pack_heads=pack))
+        group_size=group, causal=causal, page_size=PAGE if layout == "paged" else 0, kv_layout=layout, head_dim_qk=128, head_dim_vo=128,
+        custom_mask=numbered, pos_encoding="NONE", window=False,
+    )  # fmt: skip
+    queue = module.Queue(spec, types.SimpleNamespace(tile_q=tile_q, tile_kv=128, pack_heads=pack, split_kv=splits > 1))
     if budget:
         queue.budget_tokens = budget
     rows_per_query = group if pack else 1
@@ -115,6 +132,7 @@ def tickets(module, layout, qo, kv, kv_heads=2, group=1, *, causal=True, pack=Fa
         assert query * rows_per_query == block * tile_q
         assert item.num_rows == (qo[r] - query) * rows_per_query
         assert (item.kv_len, item.first_pos) == (kv[r], kv[r] - qo[r] + query)
+        assert (item.query, item.request) == ((query, r) if numbered else (0, 0))
         if layout != "single":
             assert item.kv_begin == kv_at[r]
             assert item.num_pages == (pages[r] if layout == "paged" else 0)
@@ -148,7 +166,7 @@ def test_every_item_once(queue, layout, seed):
         tickets(
             queue, layout, qo, kv, rng.choice([1, 2, 3]), group, causal=rng.random() < 0.6, pack=rng.random() < 0.5,
             splits=rng.choice([1, 1, 3]), tile_q=rng.choice([128, 192]), ctas=rng.choice([1, 3, 132]),
-            budget=rng.choice([None, 100, 3000]), rng=rng,
+            budget=rng.choice([None, 100, 3000]), numbered=rng.random() < 0.5, rng=rng,
         )  # fmt: skip
 
 

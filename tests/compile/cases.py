@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 from types import ModuleType
 
-from cute_infer.attention import tiles_decode_sm80, tiles_decode_sm90, tiles_merge, tiles_prefill_sm80, tiles_prefill_sm90
+from cute_infer.attention import (
+    tiles_decode_sm80,
+    tiles_decode_sm90,
+    tiles_merge,
+    tiles_prefill_sm80,
+    tiles_prefill_sm90,
+    tiles_prefill_sm90_fp8,
+)
 from cute_infer.attention.spec import AttentionSpec
 from cute_infer.attention.tiles import Hints
 from cute_infer.jit import Request, Target
@@ -19,6 +26,7 @@ LLAMA2 = dict(group_size=1, q_dtype="float16", kv_dtype="float16", o_dtype="floa
 GPT_OSS = dict(head_dim_qk=64, head_dim_vo=64, group_size=8, sinks=True, window=True)
 GEMMA = dict(head_dim_qk=256, head_dim_vo=256, group_size=2, soft_cap=True)
 FP8 = dict(kv_dtype="float8_e4m3fn")
+ALL_FP8 = dict(q_dtype="float8_e4m3fn", kv_dtype="float8_e4m3fn")
 PREFILL = dict(kind="prefill", causal=True)
 
 
@@ -93,6 +101,23 @@ def all_cases() -> list[Case]:
     prefill("sinks, window, d64", **GPT_OSS)
     prefill("soft cap, d256", **GEMMA)
     prefill("d192/128, ragged", head_dim_qk=192, kv_layout="ragged", group_size=1)
+    prefill("pages of 1", page_size=1)
+    prefill("pages of 5, window, d256", page_size=5, window=True, head_dim_qk=256, head_dim_vo=256)
+    prefill("pages of 64, d96, lse", page_size=64, head_dim_qk=96, head_dim_vo=96, lse=True)
+    prefill("custom mask, ragged", custom_mask=True, kv_layout="ragged")
+    prefill("ALiBi, custom mask, soft cap, sinks", pos_encoding="ALIBI", custom_mask=True, soft_cap=True, sinks=True)
+    prefill("ALiBi, d64, single", pos_encoding="ALIBI", head_dim_qk=64, head_dim_vo=64, kv_layout="single")
+
+    def prefill8(name: str, batch: tuple[int, int, int] = (4, 8, 8192), **fields: object) -> None:
+        cases.extend(attention(name, tiles_prefill_sm90_fp8, hopper, batch, **{**PREFILL, **ALL_FP8, **fields}))
+
+    prefill8("causal, paged, scales per head", (4, 8, 4096), k_scale=True, v_scale=True)
+    prefill8("causal, ragged, long", kv_layout="ragged")
+    prefill8("full, single, lse, fast", kv_layout="single", causal=False, lse=True, fp8_fast_accumulation=True)
+    prefill8("fp16 out, ragged, packed, split KV", (1, 8, 16), kv_layout="ragged", o_dtype="float16")
+    prefill8("sinks, window, d64", **GPT_OSS)
+    prefill8("soft cap, d256", **GEMMA)
+    prefill8("d192/128, ragged", head_dim_qk=192, kv_layout="ragged", group_size=1)
 
     def prefill80(name: str, batch: tuple[int, int, int], targets: tuple[Target, ...], **fields: object) -> None:
         cases.extend(attention(name, tiles_prefill_sm80, targets, batch, **{**PREFILL, **fields}))
@@ -117,11 +142,13 @@ def all_cases() -> list[Case]:
         cases += [other(name, paged.PATH, append, paged.choose(append, target, rows_of_16=True), target) for target in both]
     row = sampling.RowSpec("logits", "float32", "ids", temperature="row", top_k="row", top_p="row", min_p="row", seed="row", offset="row")
     renorm = sampling.RowSpec("probs", "float32", "renorm", top_p="scalar")
+    nucleus = sampling.RowSpec("logits", "float32", "ids", top_p="row", seed="scalar", offset="scalar")
     first = dataclasses.replace(row, dtype="bfloat16", min_p="none", k_first=True)
     for name, rows, vocab in (
         ("top-k top-p min-p from logits, few rows", row, 128256),
         ("top-k before top-p, bf16", first, 128256),
         ("top-p renorm", renorm, 32000),
+        ("top-p from logits", nucleus, 128256),
     ):
         for target in both:
             tile = sampling.choose(target.is_hopper, vocab, 8)
@@ -138,7 +165,11 @@ HOPPER_ONLY = ("wgmma.mma_async", "cp.async.bulk.tensor", "cp.async.bulk", "setm
 EXPECTED: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "decode_sm90": ({"mma.sync": 2, "cp.async.bulk.tensor": 2, "ldmatrix": 2}, ("wgmma.mma_async", "cp.async")),
     "decode_sm80": ({"mma.sync": 2, "cp.async": 2, "ldmatrix": 2}, HOPPER_ONLY),
-    "prefill_sm90": ({"wgmma.mma_async": 2, "cp.async.bulk.tensor": 3, "setmaxnreg": 2}, ("mma.sync", "cp.async")),
+    "prefill_sm90": ({"wgmma.mma_async": 2, "cp.async.bulk.tensor": 2, "setmaxnreg": 2}, ("mma.sync",)),
+    "prefill_sm90_fp8": (
+        {"wgmma.mma_async": 2, "cp.async.bulk.tensor": 3, "ldmatrix": 2, "stmatrix": 2, "setmaxnreg": 2},
+        ("mma.sync", "cp.async"),
+    ),
     "prefill_sm80": ({"mma.sync": 2, "cp.async": 2, "ldmatrix": 2}, HOPPER_ONLY),
     "merge": ({}, (*HOPPER_ONLY, "mma.sync")),
     "paged_kernels": ({}, (*HOPPER_ONLY, "mma.sync")),

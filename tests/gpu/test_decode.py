@@ -140,7 +140,7 @@ def test_device_scales_and_sinks(family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("q_len", [2, 5])
+@pytest.mark.parametrize("q_len", [2, 5, 16])
 def test_several_query_tokens_per_request(q_len, family, monkeypatch):
     only(monkeypatch, family)
     lens = [max(n, q_len) for n in EDGES]

@@ -12,6 +12,7 @@ import torch
 
 import cute_infer
 from cute_infer.attention import tiles_decode_sm90 as t90
+from cute_infer.attention.lengths import CLASSES
 from cute_infer.attention.spec import AttentionSpec
 from cute_infer.attention.tiles import Hints
 from cute_infer.attention.tiles_decode_sm90 import DecodeSm90Tile
@@ -38,17 +39,22 @@ def spec_of(kv: torch.dtype) -> AttentionSpec:
 
 
 def chosen(kv: torch.dtype) -> list[DecodeSm90Tile]:
-    """Every tile of the choice table for 1 or 8 KV heads of 128, each once."""
-    hints = [Hints(batch, heads, 132) for heads in (1, 8) for batch in range(1, 300)] + [Hints(1, 8, 132, batch_invariant=True)]
+    """Every tile of the choice table for 1 or 8 KV heads of 128 and any class of lengths, each once."""
+    hints = [Hints(batch, heads, 132, kv_lens=lens) for lens in CLASSES for heads in (1, 8) for batch in range(1, 300)]
+    hints.append(Hints(1, 8, 132, batch_invariant=True))
     return list(dict.fromkeys(t90.choose(spec_of(kv), HOPPER, each) for each in hints))
 
 
 def flagged(kv: torch.dtype) -> list[DecodeSm90Tile]:
     """A tile without flags, then the same tile with each set of flags that go together."""
-    early, last, longest = "early_metadata", "evict_first", "longest_first"
-    plain = dataclasses.replace(chosen(kv)[-1], **dict.fromkeys((early, last, longest), False))
-    together = [(), (early,), (last,), (longest,), (early, last), (longest, last)]
-    return [dataclasses.replace(plain, **dict.fromkeys(flags, True)) for flags in together]
+    plain = dataclasses.replace(
+        chosen(kv)[-1], early_metadata=False, evict_first=False, longest_first=False, lets_go="filled", prefetch=0
+    )  # fmt: skip
+    early, last, longest = {"early_metadata": True}, {"evict_first": True}, {"longest_first": True}
+    together: list[dict[str, Any]] = [{}, early, last, longest, early | last, longest | last]
+    together += [{"lets_go": when} for when in ("refilled", "merging", "never")]
+    together += [early | {"prefetch": slots, "lets_go": when} for slots, when in ((2, "filled"), (3, "refilled"), (6, "merging"))]
+    return [dataclasses.replace(plain, **flags) for flags in together]
 
 
 def name_of(value: object) -> str:
@@ -56,6 +62,7 @@ def name_of(value: object) -> str:
         return str(value).removeprefix("torch.")
     flags = [field.name for field in dataclasses.fields(value) if field.type == "bool" and getattr(value, field.name)]
     sizes = f"C{value.cluster}W{value.warps}S{value.stages}T{value.tokens}H{value.heads_per_item}x{value.ctas_per_sm}"
+    flags += [value.lets_go] * (value.lets_go != "filled") + [f"prefetch {value.prefetch}"] * (value.prefetch > 0)
     return "-".join([sizes, *flags])
 
 
@@ -130,17 +137,19 @@ def test_flags_with_other_pages_and_a_window(kv, page_size, plan, monkeypatch):
             check(kv, "many", page_size, **plan)
 
 
+@pytest.mark.parametrize("before", ["other pages", "more pages", "no pages", "garbage"])
 @pytest.mark.parametrize("writer_is_early", [False, True], ids=["late writer", "early writer"])
 @pytest.mark.parametrize("tile", [tile for tile in chosen(BF16) if tile.early_metadata], ids=name_of)
-def test_metadata_written_by_the_previous_kernel(tile, writer_is_early):
+def test_metadata_written_by_the_previous_kernel(tile, writer_is_early, before):
     """A launch whose predecessor writes its page table and lengths at the very end, long after it let this one start.
 
     The predecessor is decode itself: the V rows of each of its KV heads are all alike and hold int32 page ids as pairs of bf16 (0 and
     normal numbers), and its K is zero, so its output is exactly those ids: [32 heads x 64 words], of which 4 neighbouring heads are equal.
+    What was there ``before`` must not show, raise the status flag or be followed outside the cache.
     """
     torch.manual_seed(0)
     spec, pages = spec_of(BF16), 256
-    late = dataclasses.replace(tile, early_metadata=False)
+    late = dataclasses.replace(tile, early_metadata=False, prefetch=0)
     write, read_late, read_early = (get_kernel(t90.PATH, spec, t, HOPPER).fn for t in (tile if writer_is_early else late, late, tile))
 
     words = torch.randint(128, pages, (8, 64), dtype=torch.int32)
@@ -151,8 +160,10 @@ def test_metadata_written_by_the_previous_kernel(tile, writer_is_early):
     q = torch.randn(1, 32, 128, device="cuda").bfloat16()
     table = torch.empty_like(q)
     metadata = table.view(torch.int32).view(-1)
-    before = torch.randint(0, 128, (2048,), dtype=torch.int32, device="cuda")
-    before[:2] = torch.tensor([0, 150])
+    old = torch.randint(0, 128, (2048,), dtype=torch.int32, device="cuda")
+    if before == "garbage":
+        old.random_(-(2**31), 2**31 - 1)
+    old[:2] = torch.tensor({"other pages": [0, 150], "more pages": [0, 900], "no pages": [7, 7], "garbage": [-5, 2**25]}[before])
 
     status = torch.zeros(4, dtype=torch.int32, device="cuda")
     last, ids = torch.tensor([16], dtype=torch.int32, device="cuda"), torch.arange(512, dtype=torch.int32, device="cuda")
@@ -162,26 +173,32 @@ def test_metadata_written_by_the_previous_kernel(tile, writer_is_early):
     def run_writer() -> None:
         write(q, k_zero, v_words, table, None, None, indptr, ids, last, *rest)
 
-    def run_reader(kernel: Any) -> torch.Tensor:
-        out = torch.full_like(q, torch.nan)
+    def run_reader(kernel: Any, out: torch.Tensor) -> torch.Tensor:
         kernel(q, k, v, out, None, None, metadata[:2], metadata[256:1280], last, *rest)
         return out
 
-    metadata.copy_(before)
-    stale = run_reader(read_late)
+    metadata.copy_(old)
+    if before in ("other pages", "more pages"):
+        stale = run_reader(read_late, torch.empty_like(q))
     run_writer()
     torch.cuda.synchronize()
     assert torch.equal(metadata.view(32, 64)[::4].cpu(), words), "the writer must write what this test is about"
-    fresh = run_reader(read_late)
-    assert not torch.equal(fresh, stale)
+    fresh = run_reader(read_late, torch.empty_like(q))
+    if before in ("other pages", "more pages"):
+        assert not torch.equal(fresh, stale)
 
     out = torch.empty_like(q)
+    for launch in range(20):
+        out.fill_(torch.nan)
+        metadata.copy_(old)
+        run_writer()
+        assert torch.equal(run_reader(read_early, out), fresh), f"launch {launch}"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        metadata.copy_(before)
+        metadata.copy_(old)
         run_writer()
-        read_early(q, k, v, out, None, None, metadata[:2], metadata[256:1280], last, *rest)
-    for replay in range(50):
+        run_reader(read_early, out)
+    for replay in range(30):
         out.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()

@@ -54,7 +54,9 @@ OPTIONS = [
 ]
 PAGED = [
     *OPTIONS,
-    *(Case(page=p, causal=True) for p in (1, 5, 32, 64, 128, 256)),
+    *(Case(page=p, causal=True) for p in (1, 2, 4, 5, 8, 32, 48, 64, 128, 256)),
+    *(Case(page=p, plan=(("pos_encoding_mode", "ALIBI"),)) for p in (1, 16)),
+    Case(page=4, layout="HND", plan=(("window_left", 50),)),
     Case(kvt=E4M3, causal=True),
     Case(kvt=E5M2, q=FP16),
     Case(layout="HND", causal=True),
@@ -127,18 +129,46 @@ def test_ragged_against_reference(case, family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("case", [Case(page=8), Case(page=16), Case(page=5), Case(d=96), Case(d=80), Case(d=192, dv=128, page=32)], ids=str)
+def test_heads_any_distance_apart(case, layout, family, monkeypatch):
+    """The heads of a cache may lie any multiple of 16 bytes apart: no whole number of swizzled blocks, K and V one after the other."""
+    only(monkeypatch, family)
+    case = dataclasses.replace(case, layout=layout, causal=True)
+    batch = paged_batch(KV, case.kv, case.d, case.page, BF16, head_dim_vo=case.dv, kv_layout=layout)
+    q = queries(sum(QO), case.qo, case.d, BF16)
+    try:
+        out, lse, _ = paged(case, batch, q)
+    except cute_infer.UnsupportedConfigError as error:
+        skip_if_refused(error)
+    k, v = batch.cache
+    padding = torch.full((*k.shape[:-1], 8), torch.nan, device="cuda", dtype=BF16)
+    both = torch.cat([k, padding, v, padding, padding], dim=-1)
+    if layout == "HND":  # a page of a head and its padding
+        both = torch.nn.functional.pad(both.flatten(2), (0, 8), value=torch.nan)[..., : both.shape[2] * both.shape[3]].unflatten(
+            2, both.shape[2:]
+        )
+    d = k.shape[-1]
+    apart = dataclasses.replace(batch, cache=(both[..., :d], both[..., d + 8 : d + 8 + v.shape[-1]]))
+    again, lse_again, _ = paged(case, apart, q)
+    assert torch.equal(again, out) and torch.equal(lse_again, lse)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("page", [1, 16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_custom_mask(causal, packed, family, monkeypatch):
+def test_custom_mask(causal, packed, page, family, monkeypatch):
     only(monkeypatch, family)
-    case = Case(causal=causal)
+    case = Case(causal=causal, page=page)
     batch = paged_batch(KV, case.kv, case.d, case.page, BF16)
     q = queries(sum(QO), case.qo, case.d, BF16)
     keep = torch.rand(sum(a * b for a, b in zip(QO, KV, strict=True)), device="cuda") < 0.3
     plan = dict(custom_mask=keep)
     if packed:
         sizes = indptr([a * b for a, b in zip(QO, KV, strict=True)])
-        plan = dict(packed_custom_mask=cute_infer.segment_packbits(keep, sizes, bitorder="little")[0])
+        bits = cute_infer.segment_packbits(keep, sizes, bitorder="little")[0]
+        plan = dict(packed_custom_mask=torch.cat([bits.new_zeros(3), bits])[3:])  # begins inside a word and ends with the allocation
     try:
         out, lse, _ = paged(case, batch, q, plan=plan)
     except cute_infer.UnsupportedConfigError as error:
@@ -193,19 +223,20 @@ def test_cache_of_more_than_2_to_the_31_elements(family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_graph_serves_every_batch_up_to_its_tokens(family, monkeypatch):
+@pytest.mark.parametrize("page", [1, 4, 16])
+def test_one_graph_serves_every_batch_up_to_its_tokens(page, family, monkeypatch):
     only(monkeypatch, family)
-    batch_size, max_tokens, max_pages = 5, 400, 5 * 40
+    batch_size, max_tokens, max_pages = 5, 400, 5 * -(-640 // page)
     buffers = [torch.zeros(n, dtype=torch.int32, device="cuda") for n in (batch_size + 1, batch_size + 1, max_pages, batch_size)]
     wrapper = cute_infer.BatchPrefillWithPagedKVCacheWrapper(
         use_cuda_graph=True, qo_indptr_buf=buffers[0], paged_kv_indptr_buf=buffers[1], paged_kv_indices_buf=buffers[2],
         paged_kv_last_page_len_buf=buffers[3],
     )  # fmt: skip
-    k, v = (torch.empty(max_pages + 3, 16, 2, 128, device="cuda", dtype=BF16) for _ in range(2))
+    k, v = (torch.empty(max_pages + 3, page, 2, 128, device="cuda", dtype=BF16) for _ in range(2))
     q = queries(max_tokens, 8, 128, BF16)
-    first = paged_batch([80] * batch_size, 2, 128, 16, BF16)
+    first = paged_batch([80] * batch_size, 2, 128, page, BF16)
     wrapper.plan(
-        indptr([80] * batch_size), first.indptr, first.indices[: int(first.indptr[-1])], first.last_page_len, 8, 2, 128, 16,
+        indptr([80] * batch_size), first.indptr, first.indices[: int(first.indptr[-1])], first.last_page_len, 8, 2, 128, page,
         causal=True, q_data_type=BF16,
     )  # fmt: skip
     wrapper.run(q, (k, v))
@@ -216,7 +247,7 @@ def test_one_graph_serves_every_batch_up_to_its_tokens(family, monkeypatch):
         gen = torch.Generator().manual_seed(seed)
         qo_lens = torch.randint(0, max_tokens // batch_size + 1, (batch_size,), generator=gen).tolist()
         kv_lens = [n + int(torch.randint(0, 500, (), generator=gen)) for n in qo_lens]
-        batch = paged_batch(kv_lens, 2, 128, 16, BF16, seed=seed)
+        batch = paged_batch(kv_lens, 2, 128, page, BF16, seed=seed)
         used = int(batch.indptr[-1])
         for mine, theirs in zip((k, v), batch.cache, strict=True):
             mine.fill_(torch.nan)
@@ -228,7 +259,7 @@ def test_one_graph_serves_every_batch_up_to_its_tokens(family, monkeypatch):
         q.normal_()
         graph.replay()
         rows = sum(qo_lens)
-        ref, _, _ = paged(Case(causal=True), batch, q[:rows], qo_lens, backend="reference")
+        ref, _, _ = paged(Case(causal=True, page=page), batch, q[:rows], qo_lens, backend="reference")
         assert_close(out[:rows], ref, dtype=BF16, what=f"replay {seed}")
 
 

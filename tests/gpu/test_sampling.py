@@ -52,6 +52,15 @@ def rows_of(kind: str, rows: int, vocab: int, dtype: torch.dtype = F32, seed: in
         x[:, -1] = 0.5
     elif kind == "equal":
         x = torch.full_like(x, 1.25)
+    elif kind == "steep":
+        x = 8 * x
+    elif kind == "coarse":  # what a bf16 head writes: hundreds of equal values
+        x = (3 * x).bfloat16().float()
+    elif kind == "zipf":
+        x = -1.1 * torch.log(x.argsort(-1).argsort(-1) + 1.0)
+    elif kind == "heavy":  # one token with most of the mass
+        x = 2 * x
+        x[:, vocab // 3] = 15.0
     elif kind == "close":
         x = 20 + 1e-5 * x
     elif kind == "wide":
@@ -85,6 +94,33 @@ def test_renorm_keeps_the_same_tokens(vocab: int, kind: str, dtype: torch.dtype,
         got, want = call(), on_reference(call, monkeypatch)
         assert torch.equal(got > 0, want > 0)
         torch.testing.assert_close(got, want, rtol=2e-6 if dtype == F32 else torch.finfo(dtype).eps, atol=0)
+
+
+TOP_P = [0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.99999]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "steep", "zipf", "coarse", "heavy"])
+@pytest.mark.parametrize("vocab", [1, 33, 1000, 8200, 32000, 50257, 128256, 151936, 262144])
+def test_top_p_keeps_exactly_the_nucleus(vocab: int, kind: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masses of probabilities are the reference's bit for bit: so are the thresholds, the sums and the tokens."""
+    probs = rows_of(kind, 2 * len(TOP_P), vocab).softmax(-1)
+    p = torch.tensor(2 * TOP_P, device="cuda")
+    rewrite = lambda: sampling.top_p_renorm_probs(probs, p)  # noqa: E731
+    assert torch.equal(rewrite() > 0, on_reference(rewrite, monkeypatch) > 0)
+    for indices in (None, torch.arange(2 * len(TOP_P) - 1, -1, -1, device="cuda")):
+        draw = lambda: sampling.top_p_sampling_from_probs(probs, p, indices, seed=5, offset=2)  # noqa: B023, E731
+        assert torch.equal(draw(), on_reference(draw, monkeypatch))
+
+
+@pytest.mark.parametrize("order", ["top_k_first", "joint"])
+@pytest.mark.parametrize("vocab", [4096, 32000, 128256, 151936])
+def test_every_search_in_one_batch(vocab: int, order: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with a small k, a large one, none, and no filter at all go different ways in one launch."""
+    probs = rows_of("peaked", 40, vocab).softmax(-1)
+    k = torch.tensor([1, 50, 128, 1000, 0, vocab, -1, 3000], dtype=torch.int32, device="cuda").repeat(5)
+    p = torch.tensor([0.9, 0.5, 1.0, 0.0, 0.99], device="cuda").repeat_interleave(8)
+    draw = lambda: sampling.top_k_top_p_sampling_from_probs(probs, k, p, filter_apply_order=order, seed=5, offset=2)  # noqa: E731
+    assert torch.equal(draw(), on_reference(draw, monkeypatch))
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
@@ -178,67 +214,36 @@ def test_empty_batch(family: str) -> None:
     assert sampling.sampling_from_logits(x).shape == (0,) and sampling.softmax(x).shape == (0, 100)
 
 
-# ----------------------------------------------------------------------------------------------------------- distributions
-def exact(p: torch.Tensor, k: int, top_p: float, min_p: float, k_first: bool) -> torch.Tensor:
-    """The filtered distribution of one row, in float64."""
-    value, order = p.double().sort(descending=True, stable=True)
-    above = torch.cat([value.new_zeros(1), value.cumsum(0)[:-1]])
-    keep = torch.ones_like(value, dtype=torch.bool)
-    if 0 < k < p.numel():
-        keep &= value >= value[k - 1]
-    if top_p < 1:
-        keep &= above < top_p * (value[keep].sum() if k_first else value.sum())
-    keep &= value >= min_p * value[0]
-    value = torch.where(value >= value[keep].min(), value, 0.0)
-    return torch.zeros_like(value).scatter(0, order, value / value.sum())
-
-
-@pytest.mark.parametrize("kind", ["peaked", "flat"])
-@pytest.mark.parametrize("vocab", [32000, 128256])
-@pytest.mark.parametrize(
-    ("k", "p", "min_p"), [(0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (50, 0.9, 0.0), (0, 1.0, 0.1), (1000, 0.5, 0.01)]
-)
-@pytest.mark.parametrize("source", ["logits", "probs"])
-def test_chi_square(source: str, k: int, p: float, min_p: float, vocab: int, kind: str) -> None:
-    """200k draws: never outside the support, and Pearson's statistic within 5 standard deviations of its mean."""
-    if source == "probs" and min_p and k:
-        pytest.skip("no function filters probabilities by all three")
-    draws = 200_000
-    logits = rows_of(kind, 1, vocab)
-    repeat = torch.zeros(draws, dtype=torch.int32, device="cuda")
-    probs = logits.softmax(-1)
-    if source == "logits":
-        ids = sampling.sample(logits, None, k or None, p, min_p or None, indices=repeat, seed=1)
-    elif min_p:
-        ids = sampling.min_p_sampling_from_probs(probs, min_p, repeat, seed=1)
-    else:
-        ids = sampling.top_k_top_p_sampling_from_probs(probs, k, p, repeat, seed=1)
-    want = exact(logits.double().softmax(-1)[0], k, p, min_p, k_first=True)
-    count = torch.bincount(ids.long(), minlength=vocab).double()
-    border = want[want > 0].min()
-    outside = count[(want == 0) & (logits.double().softmax(-1)[0] < 0.9999 * border)].sum()
-    assert outside == 0
-    expected = want * draws
-    big = expected >= 8
-    expected = torch.cat([expected[big], expected[~big].sum()[None]])
-    count = torch.cat([count[big], count[~big].sum()[None]])
-    use = expected > 0.5
-    chi2, dof = float(((count - expected) ** 2 / expected.clamp_min(1e-9))[use].sum()), int(use.sum()) - 1
-    assert chi2 <= dof + 5 * math.sqrt(2 * max(dof, 1)), (chi2, dof)
-
-
 # ---------------------------------------------------------------------------------------------------------- random streams
+STREAMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "top-p": dict(top_p=0.95),
+    "top-k": dict(top_k=100),
+    "all": dict(temperature=0.9, top_k=100, top_p=0.95, min_p=0.01),
+    "large k": dict(top_k=5000, top_p=0.5, filter_apply_order="joint"),
+}
+
+
 @pytest.mark.parametrize("vocab", [4096, 32000, 128256])
-def test_same_seed_anywhere(vocab: int) -> None:
-    """Alone, in another slot, in a batch that takes another tile, and on the one-CTA tile: the same id."""
+@pytest.mark.parametrize("name", STREAMS)
+def test_same_seed_anywhere(name: str, vocab: int) -> None:
+    """Alone, in another slot of a batch of 64 (which takes another tile), and replayed by a CUDA graph: the same id."""
     x = rows_of("flat", 64, vocab)
     seeds, steps = torch.arange(64, device="cuda") * 10_007, torch.arange(64, device="cuda") % 5
-    together = sampling.sample(x, 0.9, 100, 0.95, seed=seeds, offset=steps)
+    draw = lambda rows: sampling.sample(x[rows], seed=seeds[rows], offset=steps[rows], **STREAMS[name])  # noqa: E731
+    together = draw(slice(None))
     order = torch.randperm(64, device="cuda")
-    assert torch.equal(sampling.sample(x[order], 0.9, 100, 0.95, seed=seeds[order], offset=steps[order]), together[order])
-    for i in range(0, 64, 5):
-        one = slice(i, i + 1)
-        assert sampling.sample(x[one], 0.9, 100, 0.95, seed=seeds[one], offset=steps[one]).item() == together[i].item()
+    assert torch.equal(draw(order), together[order])
+    alone = {i: draw(slice(i, i + 1)) for i in range(0, 64, 9)}
+    assert {i: ids.item() for i, ids in alone.items()} == {i: together[i].item() for i in alone}
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = draw(slice(None))
+    for _ in range(2):
+        ids.fill_(-1)
+        graph.replay()
+        assert torch.equal(ids, together)
 
 
 def test_bitwise_repeatable(family: str) -> None:

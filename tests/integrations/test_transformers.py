@@ -183,12 +183,16 @@ def test_continuous_batching_equals_generate() -> None:
     integration.register_paged()
     paged = transformers.AttentionInterface._global_mapping["paged|eager"]
     transformers.AttentionInterface.register("paged|eager", lambda *a, **k: calls.append(1) or paged(*a, **k))
+    assert continuous_batching(model, prompts, 6) == want and calls
+
+
+def continuous_batching(model, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """The tokens generated for each prompt by transformers' continuous batching, through what "paged|eager" stands for."""
     model.set_attn_implementation("paged|eager")
-    config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config = transformers.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     batching = transformers.ContinuousBatchingConfig(block_size=8, num_blocks=32, max_batch_tokens=64)
     done = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
-    got = [done[key].generated_tokens for key in sorted(done, key=lambda key: int(key.split("_")[-1]))]
-    assert got == want and calls
+    return [done[key].generated_tokens for key in sorted(done, key=lambda key: int(key.split("_")[-1]))]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ GPU
@@ -209,6 +213,60 @@ def test_kernels_with_padding_and_a_cache(dtype: torch.dtype) -> None:
         logits[name] = torch.cat([first.logits[mask.bool()], second.logits[:, 0]]).float()
     error = (logits["ours"] - logits["exact"]).abs().max()
     assert error <= 2 * (logits["eager"] - logits["exact"]).abs().max() + torch.finfo(dtype).eps
+
+
+KNOWN = torch.randint(2, 34, (160,), generator=torch.Generator().manual_seed(1))  # of 32 tokens: the next one follows from several
+
+
+@pytest.fixture(scope="module")
+def taught() -> dict[str, torch.Tensor]:
+    """Weights that know KNOWN by heart: the next token wins by a wide margin, so greedy texts survive the rounding of 16-bit attention."""
+    torch.manual_seed(0)
+    model = llama(torch.float32, "eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        starts = torch.randint(0, len(KNOWN) - 48, (16,))
+        rows = torch.stack([KNOWN[start : start + 48] for start in starts]).cuda()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def llama(dtype: torch.dtype, attention: str, weights: dict[str, torch.Tensor] | None = None):
+    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 128, "head_dim": 64})
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=attention)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model.to("cuda", dtype).eval()
+
+
+def known_prompts(lengths: list[int]) -> list[list[int]]:
+    return [KNOWN[20 * i : 20 * i + length].tolist() for i, length in enumerate(lengths)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
+@pytest.mark.parametrize("lengths", [[17], [40], [9, 33, 16]], ids=["one", "one longer", "padded"])
+def test_kernels_generate_eagers_tokens(taught, dtype: torch.dtype, cache: str | None, lengths: list[int]) -> None:
+    prompts, width = known_prompts(lengths), max(lengths)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts]).cuda()
+    options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False, "cache_implementation": cache}
+    want, got = (llama(dtype, attention, taught).generate(ids, **options) for attention in ("eager", "cute_infer"))
+    assert torch.equal(got, want)
+    text = KNOWN[lengths[0] : lengths[0] + 24]
+    assert (got[0, width:].cpu() == text).float().mean() > 0.9  # and it is the text: nothing here is a tie
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_serve_continuous_batching(taught, dtype: torch.dtype) -> None:
+    prompts = known_prompts([9, 33, 16])
+    eager, model = llama(dtype, "eager", taught), llama(dtype, "eager", taught)
+    want = [eager.generate(torch.tensor([p]).cuda(), max_new_tokens=12, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    integration.register_paged()
+    assert continuous_batching(model, prompts, 12) == want
 
 
 # ------------------------------------------------------------------------------------------------------------------------- refusals

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from cute_infer import __version__, cli, jit
@@ -50,6 +52,22 @@ def test_refusals_exit_with_one(cache_dir, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 1 and f"chmod go-w {cache_dir}" in capsys.readouterr().err
+
+
+def test_bench_runs_the_checkouts_benchmarks(monkeypatch):
+    assert {"decode", "prefill", "sampling", "append", "startup"} <= set(re.findall(r"\w+", invoke("bench", "--help").output))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = invoke("bench", "decode", "--quick")
+    assert refused.exit_code == 1 and "no CUDA device" in refused.output
+    assert invoke("bench", "nonsense").exit_code == 2
+
+
+def test_bench_in_an_installed_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "cute_infer" / "cli.py"))
+    monkeypatch.setattr("sys.argv", ["cute-infer", "bench", "decode"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1 and "clone the repository" in capsys.readouterr().err
 
 
 def test_compile_list_verify_clear(tmp_path):

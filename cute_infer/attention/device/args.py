@@ -34,7 +34,7 @@ def fake_args(spec: AttentionSpec, split_kv: bool) -> tuple:
     kv_last_page_len[batch] int32, paged only
     mask            packed bits uint8; mask_indptr [batch + 1] int32 in bytes; None without custom_mask
     sinks           [num_qo_heads] fp32 or None
-    k_scale, v_scale[num_kv_heads] fp32 or None
+    k_scale, v_scale[num_kv_heads] fp32 or None; for 8-bit q k_scale is [num_qo_heads], the product of the scales of q and k
     out_partial     [num_splits, total_q, num_qo_heads, head_dim_vo] fp32 (normalised), lse_partial [num_splits, total_q, num_qo_heads]
                     fp32 base 2; None unless split_kv
     status          [4] int32: [0] is set to 1 when a page id was outside the cache, [1:3] are a work queue (zero between launches)
@@ -67,8 +67,8 @@ def fake_args(spec: AttentionSpec, split_kv: bool) -> tuple:
     def vector(dtype, present: bool, length=None):
         return make_fake_tensor(dtype, (length or cute.sym_int(),), (1,), assumed_align=dtype.width // 8) if present else None
 
-    def scale(present: bool):  # a 0-stride expansion of one element is welcome
-        return make_fake_tensor(cutlass.Float32, (kv_heads,), (free(),), assumed_align=4) if present else None
+    def scale(present: bool, heads):  # a 0-stride expansion of one element is welcome
+        return make_fake_tensor(cutlass.Float32, (heads,), (free(),), assumed_align=4) if present else None
 
     paged, single = spec.kv_layout == "paged", spec.kv_layout == "single"
     f32 = cutlass.Float32
@@ -87,8 +87,8 @@ def fake_args(spec: AttentionSpec, split_kv: bool) -> tuple:
         vector(cutlass.Uint8, spec.custom_mask),
         vector(cutlass.Int32, spec.custom_mask),
         vector(f32, spec.sinks, qo_heads),
-        scale(spec.k_scale),
-        scale(spec.v_scale),
+        scale(spec.k_scale, qo_heads if spec.q_bits == 8 else kv_heads),
+        scale(spec.v_scale, kv_heads),
         make_fake_tensor(f32, (*partial, spec.head_dim_vo), (free(), free(), free(), 1), assumed_align=16) if split_kv else None,
         make_fake_tensor(f32, partial, (free(), free(), 1), assumed_align=4) if split_kv else None,
         make_fake_tensor(cutlass.Int32, (4,), (1,), assumed_align=16),

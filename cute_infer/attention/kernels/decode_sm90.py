@@ -25,6 +25,8 @@ Order and overlap. The kernel starts while its predecessor drains and lets its s
     ``longest_first``   the request axis of the grid is a rank by live length, so no long request starts last
     ``early_metadata``  lengths and page ids are looked up before the programmatic dependency resolves, copies start with them right after,
                         and the same words are read again while the copies fly; had they changed, what came is dropped and fetched anew
+    ``prefetch``        what they point to is asked into L2 before the dependency resolves
+    ``lets_go``         how far a CTA is when its successor may start
 
 Maths of one slot, transposed so that the few query heads are the 8-wide side of mma.m16n8k16 and 16 tokens fill its rows:
     S^T = K Q^T   ->   P^T = exp2(S^T * scale - max + headroom)   ->   O^T += V^T P^T
@@ -155,12 +157,18 @@ class DecodeSm90:
         self.warps_per_head = tile.warps // tile.heads_per_item
         self.slice = slice_elements(spec, tile)
         self.token_tiles = tile.tokens // 16
+        # One or two tiles of scores leave the tensor core idle between dependent MMAs: two accumulators take turns.
+        self.score_chains = 2 if self.token_tiles * self.head_tiles <= 2 else 1
         # accumulator rows g and g + 8 of O^T tile j are d = 16 j + d_step g and d_gap further
         self.d_step, self.d_gap = (2, 1) if self.fp8 else (1, 8)
         assert tile.tokens % 16 == 0 and tile.warps % tile.heads_per_item == 0 and self.id_steps > 0, tile
         if tile.early_metadata:
             assert spec.kv_layout == "paged" and not self.gathers and tile.stages <= self.id_steps, tile
             assert not tile.longest_first, tile  # lengths that may still change would give every CTA another order
+            assert tile.lets_go != "never" and tile.prefetch <= self.id_steps, tile
+        else:
+            assert tile.prefetch == 0, tile  # the page ids would not be known early enough
+        assert tile.lets_go in ("filled", "refilled", "merging", "never"), tile
         assert self.gathers or not spec.page_size or tile.tokens % self.box_tokens == 0 == spec.page_size % self.box_tokens, tile
 
     def abi(self) -> tuple:
@@ -216,7 +224,7 @@ class DecodeSm90:
             stream=stream,
             min_blocks_per_mp=tile.ctas_per_sm,
             preferred_smem_carveout=100,  # percent; left open, the compiler asks a GPU for its size
-            use_pdl=True,
+            use_pdl=tile.lets_go != "never",
         )  # fmt: skip
 
     def ring_layout(self, rows: Rows):
@@ -306,7 +314,7 @@ class DecodeSm90:
                 cute.arch.mbarrier_arrive_and_expect_tx(arrived, self.bytes_from_peers(rank))
             cute.arch.cluster_arrive_relaxed()
 
-        if const_expr(not tile.early_metadata):
+        if const_expr(not tile.early_metadata and tile.lets_go != "never"):
             cute.arch.griddepcontrol_wait()
 
         item = self.find_item(num_splits, q, kv_indptr, window_left, lane)
@@ -324,11 +332,13 @@ class DecodeSm90:
             copies = BoxCopies(*k_copies, *v_copies)
         slot, lap = Int32(0), Int32(0)
         if const_expr(tile.early_metadata):
+            bounded = self.bound_page_ids(work, ids)
+            self.prefetch_ring(copies, work, bounded)
             cute.arch.griddepcontrol_wait()
-            self.fill_ring(copies, full, work, self.bound_page_ids(work, ids), warp, lane)
-            guess, work = work, self.find_work(item, k, kv_indptr, kv_last_page_len, window_left, num_splits, position, warp)
-            ids_now = self.load_page_ids(guess, kv_indices, Int32(0), lane)
-            next_ids_now = self.load_page_ids(guess, kv_indices, Int32(self.id_steps), lane)
+            self.fill_ring(copies, full, work, bounded, warp, lane)
+            guess, work = work, self.find_work(item, k, kv_indptr, kv_last_page_len, window_left, num_splits, position, warp, True)
+            ids_now = self.load_page_ids(guess, kv_indices, Int32(0), lane, True)
+            next_ids_now = self.load_page_ids(guess, kv_indices, Int32(self.id_steps), lane, True)
         else:
             ids = self.check_page_ids(work, ids, status)
             for i in cutlass.range_constexpr(tile.stages):
@@ -337,7 +347,11 @@ class DecodeSm90:
                         ids = self.check_page_ids(work, next_ids, status)
                         next_ids = self.load_page_ids(work, kv_indices, Int32(i + self.id_steps), lane)
                     self.fill(copies, full, work, ids, Int32(i), Int32(i), warp, lane)
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(tile.lets_go == "filled"):
+            cute.arch.griddepcontrol_launch_dependents()
+        elif const_expr(tile.lets_go == "refilled"):
+            if work.count <= tile.stages:
+                cute.arch.griddepcontrol_launch_dependents()
 
         factor, slope = self.softmax_factors(item, work.kv_head, q, k_scale, sm_scale, soft_cap, lane)
         r_q = self.load_q(q, item, work.kv_head, factor, lane)
@@ -355,8 +369,8 @@ class DecodeSm90:
             if cute.arch.vote_ballot_sync(stale) != 0:  # the previous kernel wrote the metadata: drop what was fetched, fetch again
                 self.drain_ring(full, guess)
                 lap = Int32(1)
-                ids = self.load_page_ids(work, kv_indices, Int32(0), lane)
-                next_ids = self.load_page_ids(work, kv_indices, Int32(self.id_steps), lane)
+                ids = self.load_page_ids(work, kv_indices, Int32(0), lane, True)
+                next_ids = self.load_page_ids(work, kv_indices, Int32(self.id_steps), lane, True)
                 self.fill_ring(copies, full, work, self.bound_page_ids(work, ids), warp, lane)
             ids = self.check_page_ids(work, ids, status)
         for step in cutlass.range(work.count, unroll=1):
@@ -376,14 +390,20 @@ class DecodeSm90:
             if ahead < work.count:
                 if ahead % self.id_steps == 0:
                     ids = self.check_page_ids(work, next_ids, status)
-                    next_ids = self.load_page_ids(work, kv_indices, ahead + self.id_steps, lane)
+                    next_ids = self.load_page_ids(work, kv_indices, ahead + self.id_steps, lane, True)
                 cute.arch.sync_warp()  # every lane has read the slot
                 self.fill(copies, full, work, ids, ahead, slot, warp, lane)
+                if const_expr(tile.lets_go == "refilled"):
+                    if ahead + 1 == work.count:
+                        cute.arch.griddepcontrol_launch_dependents()
             slot = slot + 1
             if slot == tile.stages:
                 slot = Int32(0)
                 lap = lap ^ 1
 
+        if const_expr(tile.lets_go == "merging"):
+            cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.sync_warp()  # every lane has read the last slots, which the partial result overwrites
         self.store_partial(o, top, total, s_o, s_sum, factor, warp, lane)
         cute.arch.sync_threads()
         if const_expr(tile.split_kv):
@@ -422,7 +442,7 @@ class DecodeSm90:
         for i in cutlass.range_constexpr(RANKED // 32):
             request = window + 32 * i + lane
             safe = request if request < batch else batch - 1  # no branch: all loads are in flight together
-            length = (self.look_up(kv_indptr, safe + 1) - self.look_up(kv_indptr, safe)) * max(1, self.spec.page_size)
+            length = (kv_indptr[safe + 1] - kv_indptr[safe]) * max(1, self.spec.page_size)
             if const_expr(self.spec.window):
                 length = length if length < window_left + 1 else window_left + 1
             size = (float_bits(Float32(length)) >> 21) - (127 << 2)
@@ -451,10 +471,12 @@ class DecodeSm90:
         return cute.arch.warp_redux_sync(count, "add")
 
     @cute.jit
-    def look_up(self, metadata: cute.Tensor, index: Int32):
-        """An element of the metadata. With early_metadata past L1, which would keep what the previous kernel has overwritten since."""
+    def look_up(self, metadata: cute.Tensor, index: Int32, settled: cutlass.Constexpr):
+        """An element of the metadata: past L1 before the programmatic dependency has resolved, so that L1 never holds what may change,
+        and ``settled`` through L1, which the warps of a CTA share."""
         if const_expr(self.tile.early_metadata):
-            return load_fresh((metadata.iterator + index).toint())
+            address = (metadata.iterator + index).toint()
+            return load_again(address) if const_expr(settled) else load_fresh(address)
         return metadata[index]
 
     @cute.jit
@@ -468,14 +490,15 @@ class DecodeSm90:
         num_splits: Int32,
         position: Int32,
         warp: Int32,
+        settled: cutlass.Constexpr = False,
     ):
         """This warp's share, from the live lengths: the slots of the item, dealt round-robin over the cluster's warps of one head."""
         spec, tile = self.spec, self.tile
         origin, end = Int32(0), Int32(0)
         if const_expr(spec.kv_layout == "paged"):
-            origin = self.look_up(kv_indptr, item.request)
-            pages = self.look_up(kv_indptr, item.request + 1) - origin
-            last = self.look_up(kv_last_page_len, item.request)
+            origin = self.look_up(kv_indptr, item.request, settled)
+            pages = self.look_up(kv_indptr, item.request + 1, settled) - origin
+            last = self.look_up(kv_last_page_len, item.request, settled)
             end = (pages - 1) * spec.page_size + last if pages > 0 else Int32(0)
         elif const_expr(spec.kv_layout == "ragged"):
             origin = kv_indptr[item.request]
@@ -502,7 +525,9 @@ class DecodeSm90:
 
     # ------------------------------------------------------------------------------------------------------------------------ loads
     @cute.jit
-    def load_page_ids(self, work: Work, kv_indices: typing.Optional[cute.Tensor], step: Int32, lane: Int32):
+    def load_page_ids(
+        self, work: Work, kv_indices: typing.Optional[cute.Tensor], step: Int32, lane: Int32, settled: cutlass.Constexpr = False
+    ):
         """Page ids of ``id_steps`` steps from ``step`` on: lane = (step, box or token). What lies outside [begin, end) is not looked up."""
         ids = Int32(NO_PAGE)
         if const_expr(self.spec.kv_layout == "paged"):
@@ -512,7 +537,7 @@ class DecodeSm90:
             if token < work.end and token + self.tokens_per_id > work.begin:
                 ids = Int32(-1)
                 if entry >= 0 and entry < kv_indices.shape[0]:
-                    ids = self.look_up(kv_indices, entry)
+                    ids = self.look_up(kv_indices, entry, settled)
         return ids
 
     @cute.jit
@@ -538,6 +563,17 @@ class DecodeSm90:
         boxes = cute.zipped_divide(coords, (self.box_tokens, rows.panel_bytes * 8 // self.kv_dtype.width, rows.panels))
         to, source = cpasync.tma_partition(load, 0, cute.make_layout(1), cute.group_modes(ring, 0, 3), boxes)
         return load, source, to
+
+    @cute.jit
+    def prefetch_ring(self, copies, work: Work, ids: Int32):
+        """Ask L2 for the first ``prefetch`` slots. Only a hint: L2 is where every kernel's writes meet, so nothing stale can be kept."""
+        for i in cutlass.range_constexpr(self.tile.prefetch):
+            if i < work.count:
+                for box in cutlass.range_constexpr(self.boxes):
+                    source = self.box_source(work, ids, Int32(i), box)
+                    with cute.arch.elect_one():
+                        cute.prefetch(copies.k_load, copies.k_from[None, source])
+                        cute.prefetch(copies.v_load, copies.v_from[None, source])
 
     @cute.jit
     def fill_ring(self, copies, full: cute.Pointer, work: Work, ids: Int32, warp: Int32, lane: Int32):
@@ -570,20 +606,23 @@ class DecodeSm90:
     @cute.jit
     def copy_boxes(self, copies: BoxCopies, full: cute.Pointer, work: Work, ids: Int32, step: Int32, slot: Int32, warp: Int32):
         """One TMA box of K and one of V per page (or per slot, where a page holds several)."""
-        spec = self.spec
-        token_box = work.first_slot + step * work.stride  # in boxes from the start of the page (or of the request)
-        if const_expr(spec.kv_layout == "paged"):
-            token_box = token_box % (spec.page_size // self.box_tokens) if spec.page_size > self.box_tokens else Int32(0)
         for box in cutlass.range_constexpr(self.boxes):
-            page = Int32(0)
-            if const_expr(spec.kv_layout == "paged"):
-                page = cute.arch.shuffle_sync(ids, (step % self.id_steps) * self.boxes + box)
-            source, to = (token_box, 0, 0, work.kv_head, page), (slot, warp)
+            source, to = self.box_source(work, ids, step, box), (slot, warp)
             for load, src, dst in ((copies.k_load, copies.k_from, copies.k_to), (copies.v_load, copies.v_from, copies.v_to)):
                 if const_expr(self.tile.evict_first):
                     cute.copy(load, src[None, source], dst[None, box, to], tma_bar_ptr=full + slot, cache_policy=Int64(EVICT_FIRST))
                 else:
                     cute.copy(load, src[None, source], dst[None, box, to], tma_bar_ptr=full + slot)
+
+    @cute.jit
+    def box_source(self, work: Work, ids: Int32, step: Int32, box: cutlass.Constexpr):
+        """Where a box of a step comes from: (box of the page or of the request, 0, 0, KV head, page)."""
+        spec = self.spec
+        token_box, page = work.first_slot + step * work.stride, Int32(0)
+        if const_expr(spec.kv_layout == "paged"):
+            token_box = token_box % (spec.page_size // self.box_tokens) if spec.page_size > self.box_tokens else Int32(0)
+            page = cute.arch.shuffle_sync(ids, (step % self.id_steps) * self.boxes + box)
+        return token_box, 0, 0, work.kv_head, page
 
     @cute.jit
     def copy_rows(self, copies: RowCopies, work: Work, ids: Int32, step: Int32, slot: Int32, lane: Int32):
@@ -763,9 +802,9 @@ class DecodeSm90:
     @cute.jit
     def scores(self, r_q: cute.Tensor, address: Uint32, lane_offsets: cute.Tensor):
         """S^T = K Q^T, [4 accumulators, token tile, head tile]: rows g and g + 8 are tokens, columns 2t and 2t + 1 heads."""
-        rows = self.k_rows
-        s = cute.make_rmem_tensor(cute.make_layout((4, self.token_tiles, self.head_tiles)), Float32)
-        s.fill(0.0)
+        rows, chains = self.k_rows, self.score_chains
+        sums = cute.make_rmem_tensor(cute.make_layout((4, self.token_tiles, self.head_tiles, chains)), Float32)
+        sums.fill(0.0)
         for column in cutlass.range_constexpr(rows.bytes // 32):
             for token_tile in cutlass.range_constexpr(self.token_tiles):
                 offset = lane_offsets[column % (rows.panel_bytes // 32)]
@@ -776,11 +815,16 @@ class DecodeSm90:
                         a1, a3 = self.widen(k[2 * half + 1])
                         for head_tile in cutlass.range_constexpr(self.head_tiles):
                             b = r_q[None, 2 * column + half, head_tile]
-                            multiply(s[None, token_tile, head_tile], (a0, a1, a2, a3), b[0], b[1], self.half)
+                            chain = (2 * column + half) % chains
+                            multiply(sums[None, token_tile, head_tile, chain], (a0, a1, a2, a3), b[0], b[1], self.half)
                 else:
                     for head_tile in cutlass.range_constexpr(self.head_tiles):
                         b = r_q[None, column, head_tile]
-                        multiply(s[None, token_tile, head_tile], k, b[0], b[1], self.half)
+                        multiply(sums[None, token_tile, head_tile, column % chains], k, b[0], b[1], self.half)
+        s = sums[None, None, None, 0]
+        for chain in cutlass.range_constexpr(1, chains):
+            for i in cutlass.range_constexpr(cute.size(s)):
+                s[i] = s[i] + sums[None, None, None, chain][i]
         return s
 
     @cute.jit
@@ -918,7 +962,7 @@ class DecodeSm90:
         warp: Int32,
         lane: Int32,
     ):
-        """This warp's (base-2 maximum, sum, O) -> shared memory. O goes over the warp's own ring: all its copies have been waited for."""
+        """This warp's (base-2 maximum, sum, O) -> shared memory. O goes over the warp's own ring, whose copies were waited for and read."""
         d_tiles = self.spec.head_dim_vo // 16
         row, quad = lane // 4, lane % 4
         for i in cutlass.range_constexpr(2 * self.head_tiles):
@@ -947,6 +991,22 @@ class DecodeSm90:
             weights[w] = cute.arch.exp2(s_sum[0, head, warp] - top)
             total = total + s_sum[1, head, warp] * weights[w]
         return top, weights, total
+
+    @cute.jit
+    def combine_pair(self, s_o: cute.Tensor, s_sum: cute.Tensor, pair: Int32, pairs: cutlass.Constexpr):
+        """Of one pair of outputs: maximum and sum of its row, and both values, over the CTA's warps."""
+        tile, half_dim = self.tile, self.spec.head_dim_vo // 2
+        if const_expr(pairs % (32 * tile.warps) != 0):
+            pair = pair if pair < pairs else Int32(0)  # no branch: what is too much is not used
+        row, column = pair // half_dim, pair % half_dim
+        top, weights, total = self.combine_warps(s_sum, row)
+        x, y = Float32(0.0), Float32(0.0)
+        xy = cute.make_rmem_tensor(2, Float32)
+        for w in cutlass.range_constexpr(self.warps_per_head):
+            source = s_o[row % self.heads, None, w * tile.heads_per_item + row // self.heads]
+            cute.autovec_copy(cute.local_tile(source, (2,), (column,)), xy)
+            x, y = x + xy[0] * weights[w], y + xy[1] * weights[w]
+        return top, total, x, y
 
     @cute.jit
     def bytes_from_peers(self, rank: Int32):
@@ -979,20 +1039,18 @@ class DecodeSm90:
             s_slice = memory.allocate_tensor(Float32, cute.make_layout((self.slice, tile.cluster)), byte_alignment=16)
             s_peer = memory.allocate_tensor(Float32, cute.make_layout((2, self.rows, tile.cluster)), byte_alignment=16)
             cute.arch.cluster_wait()  # every peer runs: its shared memory may be written
-        for pair in cutlass.range(thread, pairs, threads, unroll=1):
-            row, column = pair // (dim // 2), pair % (dim // 2)
-            top, weights, total = self.combine_warps(s_sum, row)
-            x, y = Float32(0.0), Float32(0.0)
-            xy = cute.make_rmem_tensor(2, Float32)
-            for w in cutlass.range_constexpr(self.warps_per_head):
-                source = s_o[row % self.heads, None, w * tile.heads_per_item + row // self.heads]
-                cute.autovec_copy(cute.local_tile(source, (2,), (column,)), xy)
-                x, y = x + xy[0] * weights[w], y + xy[1] * weights[w]
-            if const_expr(tile.cluster == 1):
-                self.write(item, out, lse, lse_scale, s_row, row, column, top, total, x, y, work)
-            else:
-                place = (s_slice.iterator + rank * self.slice + 2 * pair % self.slice).toint()
-                push(Uint32(place), Uint32(arrived.toint()), 2 * pair // self.slice, x, y)
+        together = min(2, -(-pairs // threads))  # pairs of a thread whose loads are in flight at once
+        for first in cutlass.range(thread, pairs, threads * together, unroll=1):
+            sums = [self.combine_pair(s_o, s_sum, first + i * threads, pairs) for i in range(together)]
+            for i in cutlass.range_constexpr(together):
+                pair, (top, total, x, y) = first + i * threads, sums[i]
+                if pair < pairs or const_expr(pairs % (threads * together) == 0):
+                    if const_expr(tile.cluster == 1):
+                        row, column = pair // (dim // 2), pair % (dim // 2)
+                        self.write(item, out, lse, lse_scale, s_row, row, column, top, total, x, y, work)
+                    else:
+                        place = (s_slice.iterator + rank * self.slice + 2 * pair % self.slice).toint()
+                        push(Uint32(place), Uint32(arrived.toint()), 2 * pair // self.slice, x, y)
         if const_expr(tile.cluster > 1):
             for i in cutlass.range(thread, self.rows * tile.cluster, threads, unroll=1):
                 row, peer = i % self.rows, i // self.rows
@@ -1134,6 +1192,12 @@ def push(address: Uint32, barrier: Uint32, peer: Int32, x: Float32, y: Float32):
 def load_fresh(address: Int64):
     """An int32 as it is in L2."""
     return cute.arch.inline_ptx("ld.relaxed.gpu.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+@cute.jit
+def load_again(address: Int64):
+    """An int32 that may have changed since it was loaded last: an ordinary load that no compiler merges with an earlier one."""
+    return cute.arch.inline_ptx("ld.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
 
 
 @cute.jit

@@ -7,10 +7,11 @@ long as the launch and draw items from a queue in device memory, longest first (
 Rows are the queries of one query head or, where heads are packed (short queries), the (query, head) pairs of one KV head.
 
 Warp roles (128 * (1 + num_consumer_groups) threads)
-    warp group 0, warp 0   load: draws tickets, turns them into work items, issues every TMA load; the other three warps exit
+    warp group 0           load (prefill_sm90_load.py): warp 0 draws tickets, turns them into work items and loads; where K and V are paged
+                           warp 1, or gathered all warps share the loads, otherwise the other three exit
     warp groups 1..        mma: 64 query rows each; S = Q K^T and O += P V by wgmma, softmax in registers, O leaves by TMA
-    Registers after setmaxnreg: (24, 240) or, where the producer walks indptr and page tables, (40, 232);
-    24*128 + 2*240*128 = 40*128 + 2*232*128 = 64,512 = 384 threads * 168 at entry.
+    Registers after setmaxnreg: (24, 240); where the producer walks indptr and page tables (40, 232); where it gathers rows (56, 224);
+    24*128 + 2*240*128 = 40*128 + 2*232*128 = 56*128 + 2*224*128 = 64,512 = 384 threads * 168 at entry.
 
 Pipelines (mbarriers)
     name         filled by   waited by     bytes per stage          why
@@ -19,8 +20,10 @@ Pipelines (mbarriers)
     k_full       load        all groups    tile_kv * head_dim_qk*2  K and V arrive separately: S starts one copy earlier
     k_empty      all groups  load          -                        S is complete in registers
     v_full, v_empty          the same for V; v_empty after O += P V
-    work_full    load        all groups    - (6 words)              the next work item, zero rows = end of the queue
+    work_full    load        all groups    - (6 to 10 words)        the next work item, zero rows = end of the queue
     work_empty   all groups  load          -                        the words have been read
+    The load warps besides warp 0 wait for work_full and arrive at work_empty like a consumer warp. A gathered stage of K or V is filled by
+    64 threads' cp.async instead of TMA.
 
 Named barriers: 1 + g, 128 threads: group g agrees on its O buffer, and on a V tail it has zeroed. Nothing spans two groups after the start.
 
@@ -43,15 +46,18 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.utils import LayoutEnum
 
 from ..device.args import CUTE_DTYPES, fake_args
+from ..device.logits import alibi_slope
 from ..device.output import store_columns, store_lse
 from .prefill_sm90_layout import GROUP_ROWS, PrefillLayout
+from .prefill_sm90_load import PrefillLoad, Source
 from .prefill_sm90_queue import COLUMNS, WARP, Lengths, PrefillQueue
+from .prefill_sm90_scores import add_alibi, fetch_mask, hide_masked
 from .prefill_sm90_softmax import (
     as_a_operand,
     cap_scores,
@@ -97,6 +103,18 @@ class Memory(NamedTuple):
     out_partial: object
     lse_partial: object
     status: object
+    mask: object
+    mask_indptr: object
+
+
+class Caches(NamedTuple):
+    """What the load warps need of K and V beside their TMA descriptors; None where nothing is paged."""
+
+    k: object  # gathered: the tensors
+    v: object
+    pages: object  # how many there are
+    k_heads: object  # a tile of several pages: elements from head to head
+    v_heads: object
 
 
 class Events(NamedTuple):
@@ -133,6 +151,18 @@ class Rows(NamedTuple):
     pre_scale: object  # factor inside the tanh of a soft cap
     group: object
     thread: object  # of the group
+    bias: object
+
+
+class Bias(NamedTuple):
+    """What ALiBi and custom masks need to know of the two rows of a thread; None where the spec has neither."""
+
+    scale: object  # ALiBi: scores to base-2 logits; ``Rows.scale_log2`` is 1 then
+    slopes: object  # base-2 units
+    key_of_query: object  # the key at distance 0
+    row_bits: object  # custom mask: bit address of the row's first key
+    mask_end: object  # byte address
+    words: object  # of the mask, for the tile at hand
 
 
 class Math(NamedTuple):
@@ -168,15 +198,19 @@ class PrefillSm90:
         self.group_queries = GROUP_ROWS // self.pack  # queries of one consumer group
         # Half a key tile, for a last tile whose other half lies right of the diagonal; both halves are whole wgmma and P V steps.
         # Three groups lack the registers for a second set of scores (192 bytes of spills at head_dim 64).
-        self.halves = spec.causal and tile.tile_kv % 32 == 0 and self.groups == 2
+        self.causal = spec.causal and not spec.custom_mask  # a custom mask replaces the causal one
+        self.halves = self.causal and tile.tile_kv % 32 == 0 and self.groups == 2
         self.half = tile.tile_kv // 2 if self.halves else tile.tile_kv
         self.single = spec.kv_layout == "single"
         # Whether a group may pass tiles by. In a long full single request only the last block could, and the extra loop keeps ptxas from
         # proving the main loop warp-uniform: 48 R2UR per key tile, 766 -> 721 TFLOP/s at 16k [H200, 2026-11-22].
-        self.passes = spec.causal or spec.window or not self.single or tile.split_kv
-        self.paged = spec.kv_layout == "paged"
+        self.passes = self.causal or spec.window or not self.single or tile.split_kv
         self.layout = PrefillLayout(spec, tile, self.dtype)
         self.queue = PrefillQueue(spec, tile)
+        self.loads = PrefillLoad(spec, tile, self.dtype, self.layout, self.queue)
+        # Whether V may end in stale bytes: a contiguous single K/V ends where TMA clips and fills zeros, a gathered tile where it was told.
+        self.stale_tail = not self.single and not self.layout.gather
+        self.alibi = spec.pos_encoding == "ALIBI"
 
     def abi(self) -> tuple:
         """Fake arguments of ``__call__``."""
@@ -233,8 +267,10 @@ class PrefillSm90:
         load = cpasync.CopyBulkTensorTileG2SOp()
         store = cpasync.CopyBulkTensorTileS2GOp()
         q_tma, q_coords = self.layout.row_tma(load, q)
-        k_tma, k_coords = self.layout.kv_tma(load, k)
-        v_tma, v_coords = self.layout.kv_tma(load, v)
+        k_tma, k_coords, v_tma, v_coords = None, None, None, None
+        if const_expr(not self.layout.gather):
+            k_tma, k_coords = self.layout.kv_tma(load, k)
+            v_tma, v_coords = self.layout.kv_tma(load, v)
         o_tma, o_coords = self.layout.row_tma(store, out)
         batch = 1 if const_expr(self.single) else qo_indptr.shape[0] - 1
         heads = q.shape[1] // self.pack
@@ -256,10 +292,20 @@ class PrefillSm90:
             v_coords,
             o_tma,
             o_coords,
-            Memory(out, lse, kv_indices, sinks, k_scale, v_scale, out_partial, lse_partial, status),
+            self.caches(k, v),
+            Memory(out, lse, kv_indices, sinks, k_scale, v_scale, out_partial, lse_partial, status, mask, mask_indptr),
             Lengths(qo_indptr, kv_indptr, kv_last_page_len, q.shape[0], total_kv, heads, num_splits),
             Scales(sm_scale, out_scale, soft_cap, lse_scale, cutlass.min(window_left, FAR), num_splits),
         ).launch(grid=[grid, 1, 1], block=[tile.num_threads, 1, 1], stream=stream, min_blocks_per_mp=1)
+
+    def caches(self, k, v):
+        layout = self.layout
+        if self.spec.kv_layout != "paged":
+            return Caches(None, None, None, None, None)
+        if layout.gather:
+            return Caches(k, v, Int32(k.shape[0]), None, None)
+        strides = (Int64(k.layout.stride[2]), Int64(v.layout.stride[2])) if layout.boxes > 1 else (None, None)
+        return Caches(None, None, Int32(k.shape[0]), *strides)
 
     # ================================================================================================ kernel
 
@@ -273,12 +319,13 @@ class PrefillSm90:
         pv: cute.TiledMma,
         q_tma: cute.CopyAtom,
         q_coords: cute.Tensor,
-        k_tma: cute.CopyAtom,
-        k_coords: cute.Tensor,
-        v_tma: cute.CopyAtom,
-        v_coords: cute.Tensor,
+        k_tma: typing.Optional[cute.CopyAtom],
+        k_coords: typing.Optional[cute.Tensor],
+        v_tma: typing.Optional[cute.CopyAtom],
+        v_coords: typing.Optional[cute.Tensor],
         o_tma: cute.CopyAtom,
         o_coords: cute.Tensor,
+        caches: Caches,
         memory: Memory,
         lengths: Lengths,
         scales: Scales,
@@ -298,29 +345,30 @@ class PrefillSm90:
         allocate = lambda layout: shared.allocate_tensor(dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)  # noqa: E731
         num_q = self.layout.q_tiles
         s_q = allocate(self.layout.tiles(GROUP_ROWS, spec.head_dim_qk, num_q))
-        s_k = allocate(self.layout.tiles(tile.tile_kv, spec.head_dim_qk, self.stages))
-        s_v = allocate(self.layout.tiles(tile.tile_kv, spec.head_dim_vo, self.stages))
+        s_k = allocate(self.layout.kv_tiles(spec.head_dim_qk))
+        s_v = allocate(self.layout.kv_tiles(spec.head_dim_vo))
         s_o = s_q if const_expr(self.o_in_q) else allocate(self.layout.tiles(GROUP_ROWS, spec.head_dim_vo, self.groups))
         k_bars = shared.allocate_array(Int64, 2 * self.stages)
         v_bars = shared.allocate_array(Int64, 2 * self.stages)
         q_full = shared.allocate_array(Int64, num_q)
         q_empty = shared.allocate_array(Int64, num_q)
         work_bars = shared.allocate_array(Int64, 2)
-        work = shared.allocate_tensor(Int32, cute.make_layout(6), byte_alignment=16)
+        work = shared.allocate_tensor(Int32, cute.make_layout(self.loads.words), byte_alignment=16)
         table = shared.allocate_tensor(Int32, cute.make_layout(COLUMNS * WARP), byte_alignment=16)
         if warp == 0:
             for descriptor in (q_tma, k_tma, v_tma, o_tma):
-                cpasync.prefetch_descriptor(descriptor)
+                if const_expr(descriptor is not None):
+                    cpasync.prefetch_descriptor(descriptor)
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(num_q):
                     cute.arch.mbarrier_init(q_full + i, 1)
                     cute.arch.mbarrier_init(q_empty + i, 4)  # one arrival per warp of the group
                 cute.arch.mbarrier_init(work_bars, 1)
-                cute.arch.mbarrier_init(work_bars + 1, 4 * self.groups)
+                cute.arch.mbarrier_init(work_bars + 1, 4 * self.groups + self.loads.followers)
         ring = lambda bars, columns: pipeline.PipelineTmaAsync.create(  # noqa: E731
             barrier_storage=bars,
             num_stages=self.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, self.loads.arrivals),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * self.groups),
             tx_count=tile.tile_kv * columns * dtype.width // 8,
             defer_sync=True,
@@ -332,156 +380,26 @@ class PrefillSm90:
 
         if group == Role.LOAD:
             cute.arch.setmaxregister_decrease(tile.producer_regs)
+            k = self.source(events.k, k_tma, k_coords, s_k, caches.k, caches.k_heads, spec.head_dim_qk)
+            v = self.source(events.v, v_tma, v_coords, s_v, caches.v, caches.v_heads, spec.head_dim_vo)
             if warp == 0:
-                self.load(events, memory, lengths, scales, q_tma, q_coords, s_q, k_tma, k_coords, s_k, v_tma, v_coords, s_v)
+                self.loads.lead(events, memory, lengths, scales, q_tma, q_coords, s_q, k, v, caches.pages)
+            if const_expr(self.loads.followers > 0):
+                if warp % 2 == 1 and warp <= self.loads.followers:
+                    self.loads.follow(events, memory, scales, v, warp // 2, caches.pages)
+            if const_expr(self.loads.followers > 1):
+                if warp == 2:
+                    self.loads.follow(events, memory, scales, k, Int32(1), caches.pages)
         else:
             cute.arch.setmaxregister_increase(tile.consumer_regs)
             self.mma(events, memory, scales, qk_first, qk, qk_half_first, qk_half, pv, o_tma, o_coords, s_q, s_k, s_v, s_o)
 
-    # ================================================================================================ load
-
-    @cute.jit
-    def load(self, events, memory, lengths, scales, q_tma, q_coords, s_q, k_tma, k_coords, s_k, v_tma, v_coords, s_v):
-        """Warp 0: work items in ticket order, their Q, K and V. One warp does both, the ring hides the queue's latency."""
-        spec = self.spec
-        lane = cute.arch.lane_idx()
-        cta, _, _ = cute.arch.block_idx()
-        num_ctas, _, _ = cute.arch.grid_dim()
-        t_q = cute.make_tensor(s_q.iterator, self.layout.row_boxes(spec.head_dim_qk, self.layout.q_tiles).outer)
-        t_k = cute.make_tensor(s_k.iterator, self.layout.kv_boxes(spec.head_dim_qk).outer)
-        t_v = cute.make_tensor(s_v.iterator, self.layout.kv_boxes(spec.head_dim_vo).outer)
-
-        requests_per_section, heads_per_section = self.queue.section_sizes(lengths)
-        cursor = self.queue.start(lengths, events.table, requests_per_section)
-        cursor, item = self.queue.find(lengths, events.table, cursor, Int32(cta), requests_per_section, heads_per_section)
-        self.publish(events, item, Int32(0))
-        items = Int32(1)  # published so far
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-        while item.num_rows > 0:
-            first, end = self.kv_tiles(item.first_pos, item.num_rows, item.kv_len, item.split, scales)
-            kv_head = item.head // self.heads_per_kv
-            buffer, phase = self.q_place(items - 1)
-            for g in cutlass.range_constexpr(self.groups):
-                at = g * self.q_buffers + buffer
-                cute.arch.mbarrier_wait(events.q_empty + at, phase ^ 1)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(events.q_full + at, GROUP_ROWS * spec.head_dim_qk * self.dtype.width // 8)
-                rows = self.layout.rows_from(q_coords, item.q_row + self.group_queries * g)
-                to_s, from_g = self.layout.partition(q_tma, t_q, rows, self.layout.row_box(spec.head_dim_qk))
-                cute.copy(q_tma, from_g[None, (0, 0, 0, item.head)], to_s[None, at], tma_bar_ptr=events.q_full + at)
-            from_k, from_v = self.kv_source(k_coords, item), self.kv_source(v_coords, item)
-            page_ids = self.page_ids(memory, item, k_coords.shape[4], end - 1, first)
-            for i in cutlass.range(end - first, unroll=1):
-                kv_tile = end - 1 - i  # right to left: masked tiles first
-                next_ids = self.page_ids(memory, item, k_coords.shape[4], kv_tile - 1, first)  # one tile ahead of its use
-                events.k.producer_acquire(state)
-                self.load_tile(k_tma, from_k, t_k, state.index, kv_tile, kv_head, page_ids, events.k.producer_get_barrier(state))
-                events.v.producer_acquire(state)
-                self.load_tile(v_tma, from_v, t_v, state.index, kv_tile, kv_head, page_ids, events.v.producer_get_barrier(state))
-                state.advance()
-                page_ids = next_ids
-            # Drawn after the last load: the ring still holds unread tiles, which hides the latency, and a later draw balances better.
-            ticket = Int32(0)
-            if lane == 0:
-                ticket = cute.arch.atomic_add(memory.status.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
-            ticket = cute.arch.shuffle_sync(ticket, 0) + num_ctas
-            cursor, item = self.queue.find(lengths, events.table, cursor, ticket, requests_per_section, heads_per_section)
-            self.publish(events, item, items)
-            items = items + 1
-        if lane == 0:
-            # Every CTA drew its last ticket before this count: the last one resets both words for the next launch.
-            if cute.arch.atomic_add(memory.status.iterator + 2, Int32(1), sem="acq_rel", scope="gpu") == num_ctas - 1:
-                memory.status[1] = 0
-                memory.status[2] = 0
-
-    @cute.jit
-    def publish(self, events, item, items: Int32):
-        """Hand a work item to the consumer groups; ``items`` were handed over before."""
-        cute.arch.mbarrier_wait(events.work_empty, (items & 1) ^ 1)
-        if cute.arch.lane_idx() == 0:
-            events.work[0] = item.q_row
-            events.work[1] = item.num_rows
-            events.work[2] = item.first_pos
-            events.work[3] = item.head
-            events.work[4] = item.kv_len
-            events.work[5] = item.split
-            cute.arch.mbarrier_arrive(events.work_full)
-
-    @cute.jit
-    def q_place(self, turn: Int32):
-        """(buffer, phase) of the Q of the ``turn``-th work item of this CTA."""
-        buffer, phase = Int32(0), turn & 1
-        if const_expr(self.q_buffers == 2):
-            buffer, phase = turn & 1, (turn >> 1) & 1
-        return buffer, phase
-
-    @cute.jit
-    def kv_tiles(self, first_pos: Int32, num_rows: Int32, kv_len: Int32, split: Int32, scales):
-        """[first, end): the key tiles of the work item, those that some row of it sees; empty when none is visible."""
-        end, first = kv_len, Int32(0)
-        if const_expr(self.spec.causal):
-            queries = cute.ceil_div(cutlass.min(num_rows, self.tile.tile_q), self.pack)
-            end = cutlass.max(0, cutlass.min(kv_len, first_pos + queries))
-        if const_expr(self.spec.window):
-            first = cutlass.max(0, first_pos - scales.window_left) // self.tile.tile_kv
-        end = cute.ceil_div(end, self.tile.tile_kv)
-        if const_expr(self.tile.split_kv):
-            visible, begin = cutlass.max(0, end - first), first
-            first = begin + visible * split // scales.num_splits
-            end = begin + visible * (split + 1) // scales.num_splits
-        return first, end
-
-    @cute.jit
-    def group_tiles(self, first: Int32, end: Int32, group_pos: Int32, group_rows: Int32, kv_len: Int32, window_left: Int32):
-        """[first, end): those of the work item's key tiles that some row of one consumer group sees; empty for a group without rows."""
-        group_first, group_end = first, end
-        if const_expr(self.spec.causal):
-            seen = cute.ceil_div(cutlass.max(0, cutlass.min(kv_len, group_pos + self.group_queries)), self.tile.tile_kv)
-            group_end = cutlass.max(first, cutlass.min(end, seen))
-        if group_rows <= 0:
-            group_end = first
-        if const_expr(self.spec.window):
-            group_first = cutlass.min(group_end, cutlass.max(first, cutlass.max(0, group_pos - window_left) // self.tile.tile_kv))
-        return group_first, group_end
-
-    def kv_source(self, coords, item):
-        """The request's own view of K or V; pages are found by coordinate instead."""
-        return cute.domain_offset((item.kv_begin, 0, 0, 0, 0), coords) if self.spec.kv_layout == "ragged" else coords
-
-    @cute.jit
-    def page_ids(self, memory, item, num_pages: Int32, kv_tile: Int32, first: Int32):
-        """Lane j: the page of the tile's j-th box (tiles from ``first`` on). A missing page becomes ``num_pages``: TMA fills zeros."""
-        page = Int32(0)
-        if const_expr(self.paged):
-            lane = cute.arch.lane_idx()
-            entry = kv_tile * self.tile.tile_kv // self.spec.page_size + lane
-            page = num_pages
-            if lane < self.layout.boxes and kv_tile >= first and entry < item.num_pages:
-                position = item.kv_begin + entry
-                page = Int32(-1)
-                if position >= 0 and position < memory.kv_indices.shape[0]:
-                    page = memory.kv_indices[position]
-                if page < 0 or page >= num_pages:
-                    memory.status[0] = 1
-                    page = num_pages
-        return page
-
-    @cute.jit
-    def load_tile(self, tma, coords, shared, stage: Int32, kv_tile: Int32, kv_head: Int32, page_ids: Int32, barrier):
-        """K or V of one key tile: one box, or a box per page and column block."""
-        layout, blocks = self.layout, coords.shape[2]
-        to_s, from_g = layout.partition(tma, shared, coords, layout.kv_box(coords.shape[1] * blocks))
-        if const_expr(layout.boxes == 1):
-            box, page = kv_tile, Int32(0)
-            if const_expr(self.paged):
-                box, page = kv_tile % layout.tiles_per_page, cute.arch.shuffle_sync(page_ids, 0)
-            cute.copy(tma, from_g[None, (box, 0, 0, kv_head, page)], to_s[None, stage], tma_bar_ptr=barrier)
-        else:
-            # unrolled where the addresses of all boxes fit the producer's few registers; with 4 column blocks (head_dim 256) it spilled
-            for j in cutlass.range(layout.boxes, unroll=layout.boxes if blocks <= 3 else 1):
-                page = cute.arch.shuffle_sync(page_ids, j)
-                for block in cutlass.range_constexpr(blocks):
-                    cute.copy(tma, from_g[None, (0, 0, block, kv_head, page)], to_s[None, j, block, stage], tma_bar_ptr=barrier)
+    def source(self, ring, tma, coords, shared, tensor, head_stride, columns):
+        """K or V for the load warps."""
+        if self.layout.gather:
+            return Source(ring, None, None, None, None, tensor, Uint32(shared.iterator.toint()))
+        boxes = cute.make_tensor(shared.iterator, self.layout.kv_boxes(columns).outer)
+        return Source(ring, tma, coords, boxes, head_stride, None, None)
 
     # ================================================================================================ mma
 
@@ -529,10 +447,10 @@ class PrefillSm90:
         )
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        q_row, num_rows, first_pos, head, kv_len, split = self.next_item(events, Int32(0))
+        q_row, num_rows, first_pos, head, kv_len, split, query, mask_begin = self.next_item(events, Int32(0))
         items = Int32(1)  # taken so far
         while num_rows > 0:
-            item_first, item_end = self.kv_tiles(first_pos, num_rows, kv_len, split, scales)
+            item_first, item_end = self.queue.kv_tiles(first_pos, num_rows, kv_len, split, scales.num_splits, scales.window_left)
             group_pos = first_pos + group * self.group_queries  # position of the group's first query
             pos = group_pos + row // self.pack
             place = Place(q_row + group * self.group_queries, num_rows - group * GROUP_ROWS, head, split)
@@ -540,9 +458,11 @@ class PrefillSm90:
             if const_expr(self.passes):
                 first, end = self.group_tiles(item_first, item_end, group_pos, place.num_rows, kv_len, scales.window_left)
             scale_log2, pre_scale = self.softmax_scale(memory, scales, head)
-            buffer, phase = self.q_place(items - 1)
+            buffer, phase = self.loads.q_place(items - 1)
             q_at = group * self.q_buffers + buffer
-            rows = Rows(q_at, pos, column, kv_len, scales.window_left, scale_log2, pre_scale, group, thread)
+            group_query = query + group * self.group_queries
+            bias, scale_log2 = self.bias(memory, place, group_query, row, column, kv_len, mask_begin, scale_log2)
+            rows = Rows(q_at, pos, column, kv_len, scales.window_left, scale_log2, pre_scale, group, thread, bias)
             m.acc_o.fill(0.0)
             m.row_sum.fill(0.0)
             for r in cutlass.range_constexpr(2):
@@ -579,7 +499,7 @@ class PrefillSm90:
                     k_state.advance()
                 # ---- tiles [whole_first, whole_end) are seen whole by all 64 rows of this group
                 whole_end = left_of
-                if const_expr(spec.causal):
+                if const_expr(self.causal):
                     # of the tiles that follow only those left of every row's diagonal are whole
                     seen_by_all = cutlass.max(0, group_pos + 1) // tile.tile_kv
                     whole_end = cutlass.max(first, cutlass.min(whole_end, seen_by_all))
@@ -592,8 +512,9 @@ class PrefillSm90:
                 if const_expr(spec.window):
                     oldest_of_last_row = cutlass.max(0, group_pos + (self.group_queries - 1) - scales.window_left)
                     whole_first = cutlass.min(whole_end, cutlass.max(first, cute.ceil_div(oldest_of_last_row, tile.tile_kv)))
-                for _ in cutlass.range(whole_end - whole_first, unroll=1):
-                    self.step(m, m, events, rows, k_state, v_state, Int32(0), False)
+                for i in cutlass.range(whole_end - whole_first, unroll=1):
+                    start = (whole_end - 1 - i) * tile.tile_kv if const_expr(self.queue.numbered) else Int32(0)
+                    self.step(m, m, events, rows, k_state, v_state, start, False)
                     k_state.advance()
                     v_state.advance()
                 if const_expr(spec.window):
@@ -605,21 +526,21 @@ class PrefillSm90:
                 self.issue_pv(m, events, v_state)
                 self.release_q(events, q_at)
                 if const_expr(not spec.window):
-                    q_row, num_rows, first_pos, head, kv_len, split = self.next_item(events, items)  # under the last P V
+                    q_row, num_rows, first_pos, head, kv_len, split, query, mask_begin = self.next_item(events, items)  # under the last P V
                 warpgroup.wait_group(0)
                 events.v.consumer_release(v_state)
                 v_state.advance()
             else:
                 self.release_q(events, q_at)
                 if const_expr(not spec.window):
-                    q_row, num_rows, first_pos, head, kv_len, split = self.next_item(events, items)
+                    q_row, num_rows, first_pos, head, kv_len, split, query, mask_begin = self.next_item(events, items)
             if const_expr(spec.window):
                 # the load warp announces the next item only after it has filled these stages
                 for _ in cutlass.range(first - item_first, unroll=1):
                     self.pass_by(events, k_state, v_state)
                     k_state.advance()
                     v_state.advance()
-                q_row, num_rows, first_pos, head, kv_len, split = self.next_item(events, items)
+                q_row, num_rows, first_pos, head, kv_len, split, query, mask_begin = self.next_item(events, items)
             items = items + 1
             self.finish(m, memory, scales, scale_log2, place, row, column)
             if const_expr(tile.split_kv):
@@ -636,6 +557,19 @@ class PrefillSm90:
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory must outlive the last store
 
     @cute.jit
+    def group_tiles(self, first: Int32, end: Int32, group_pos: Int32, group_rows: Int32, kv_len: Int32, window_left: Int32):
+        """[first, end): those of the work item's key tiles that some row of one consumer group sees; empty for a group without rows."""
+        group_first, group_end = first, end
+        if const_expr(self.causal):
+            seen = cute.ceil_div(cutlass.max(0, cutlass.min(kv_len, group_pos + self.group_queries)), self.tile.tile_kv)
+            group_end = cutlass.max(first, cutlass.min(end, seen))
+        if group_rows <= 0:
+            group_end = first
+        if const_expr(self.spec.window):
+            group_first = cutlass.min(group_end, cutlass.max(first, cutlass.max(0, group_pos - window_left) // self.tile.tile_kv))
+        return group_first, group_end
+
+    @cute.jit
     def release_q(self, events, q_at: Int32):
         """The last Q K^T of a work item is done. Where O takes Q's place it is released after the store instead."""
         if const_expr(not self.o_in_q):
@@ -644,15 +578,16 @@ class PrefillSm90:
 
     @cute.jit
     def next_item(self, events, items: Int32):
-        """(q_row, num_rows, first_pos, head, kv_len, split) of the ``items``-th work item."""
+        """(q_row, num_rows, first_pos, head, kv_len, split, query, mask_begin) of the ``items``-th work item; the last two where used."""
         cute.arch.mbarrier_wait(events.work_full, items & 1)
         uniform = cute.arch.make_warp_uniform
         q_row, num_rows, first_pos = uniform(events.work[0]), uniform(events.work[1]), uniform(events.work[2])
         head, kv_len, split = uniform(events.work[3]), uniform(events.work[4]), uniform(events.work[5])
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(events.work_empty)
-        return q_row, num_rows, first_pos, head, kv_len, split
+        query, mask_begin = Int32(0), Int32(0)
+        if const_expr(self.queue.numbered):
+            query, mask_begin = uniform(events.work[8]), uniform(events.work[9])
+        self.loads.taken(events)
+        return q_row, num_rows, first_pos, head, kv_len, split, query, mask_begin
 
     @cute.jit
     def pass_by(self, events, k_state, v_state):
@@ -674,37 +609,75 @@ class PrefillSm90:
         return scale_log2, pre_scale
 
     @cute.jit
+    def bias(self, memory, place, group_query: Int32, row: Int32, column: Int32, kv_len: Int32, mask_begin: Int32, scale_log2: Float32):
+        """(Bias of the thread's rows, factor from what becomes of the scores to base-2 logits). ``group_query`` is the query of the
+        group's first row, counted from the request's first."""
+        scale, slopes, key_of_query, row_bits, mask_end, words = None, None, None, None, None, None
+        if const_expr(self.alibi):
+            scale, scale_log2 = scale_log2, Float32(1.0)
+            slopes, key_of_query = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Int32)
+            for r in cutlass.range_constexpr(2):
+                _, qo_head = self.row_of(place, row + 8 * r)
+                slopes[r] = alibi_slope(qo_head, Int32(memory.out.shape[1])) * Float32(LOG2_E)
+                key_of_query[r] = group_query + (row + 8 * r) // self.pack - column
+        if const_expr(self.spec.custom_mask):
+            first = memory.mask.iterator.toint()
+            mask_end = first + Int64(memory.mask.shape[0])
+            row_bits, words = cute.make_rmem_tensor(2, Int64), cute.make_rmem_tensor(4, Uint32)
+            for r in cutlass.range_constexpr(2):
+                row_bits[r] = (first + Int64(mask_begin)) * 8 + Int64(group_query + (row + 8 * r) // self.pack) * Int64(kv_len)
+        return Bias(scale, slopes, key_of_query, row_bits, mask_end, words), scale_log2
+
+    @cute.jit
+    def fetch_mask(self, rows, start: Int32):
+        """Start to read the custom mask of the key tile at ``start``."""
+        if const_expr(self.spec.custom_mask):
+            fetch_mask(rows.bias.words, rows.bias.row_bits, rows.bias.mask_end, start, rows.thread)
+
+    @cute.jit
+    def modify(self, m, rows, start: Int32):
+        """Soft cap, ALiBi and custom mask, on every key tile."""
+        if const_expr(self.spec.soft_cap):
+            cap_scores(m.acc_s, rows.pre_scale)
+        if const_expr(self.alibi):
+            distance = cute.make_rmem_tensor(2, Int32)
+            for r in cutlass.range_constexpr(2):
+                distance[r] = start - rows.bias.key_of_query[r]
+            add_alibi(m.acc_s, rows.bias.scale, rows.bias.slopes, distance)
+        if const_expr(self.spec.custom_mask):
+            hide_masked(m.acc_s, rows.bias.words, rows.bias.row_bits, rows.thread)
+
+    @cute.jit
     def mask(self, m, rows, start: Int32):
         """Apply every mask to the scores of the key tile that begins at ``start``."""
         origin = start + rows.column
         key_end, diagonal, oldest = rows.kv_len - origin, rows.pos + 1 - origin, rows.pos - rows.window_left - origin
-        mask_scores(m.acc_s, key_end, diagonal, oldest, 8 // self.pack, self.spec.causal, self.spec.window)
+        mask_scores(m.acc_s, key_end, diagonal, oldest, 8 // self.pack, self.causal, self.spec.window)
 
     @cute.jit
     def first_tile(self, m, events, rows, k_state, v_state, s_v, start: Int32):
         """The first key tile of a work item: Q K^T and softmax. Its P V belongs to the next step."""
+        self.fetch_mask(rows, start)
         self.issue_qk(m, events, k_state, rows.q_at)
         warpgroup.wait_group(0)
         events.k.consumer_release(k_state)
-        if const_expr(self.spec.soft_cap):
-            cap_scores(m.acc_s, rows.pre_scale)
+        self.modify(m, rows, start)
         self.mask(m, rows, start)
         online_softmax(m.acc_s, m.row_max, m.row_sum, m.correction, rows.scale_log2, True)
         convert_pairs(m.acc_s, m.p)
-        if const_expr(not self.single):
-            # a contiguous single K/V ends where TMA clips and fills zeros
+        if const_expr(self.stale_tail):
             if start + self.tile.tile_kv > rows.kv_len:
                 self.zero_v_tail(events, s_v, v_state, rows.kv_len - start, rows.group, rows.thread)
 
     @cute.jit
     def step(self, m, before, events, rows, k_state, v_state, start: Int32, masked: cutlass.Constexpr):
         """One key tile: its Q K^T, then P V of the tile ``before``, and its softmax while that P V runs."""
+        self.fetch_mask(rows, start)
         self.issue_qk(m, events, k_state, rows.q_at)
         self.issue_pv(before, events, v_state)
         warpgroup.wait_group(1)  # S is complete, P V may still run
         events.k.consumer_release(k_state)
-        if const_expr(self.spec.soft_cap):
-            cap_scores(m.acc_s, rows.pre_scale)
+        self.modify(m, rows, start)
         if const_expr(masked):
             self.mask(m, rows, start)
         grew = online_softmax(m.acc_s, m.row_max, m.row_sum, m.correction, rows.scale_log2, False)
@@ -715,9 +688,16 @@ class PrefillSm90:
             scale_rows(m.acc_o, m.correction)
 
     @cute.jit
+    def arrived(self, ring, state):
+        """Wait for a stage of K or V."""
+        ring.consumer_wait(state, ring.consumer_try_wait(state))
+        if const_expr(self.layout.gather):
+            cute.arch.fence_proxy("async.shared", space="cta")  # cp.async wrote it; wgmma reads through another proxy
+
+    @cute.jit
     def issue_qk(self, m, events, k_state, q_at: Int32):
         """Start S = Q K^T when k_full says so."""
-        events.k.consumer_wait(k_state, events.k.consumer_try_wait(k_state))
+        self.arrived(events.k, k_state)
         warpgroup.fence()
         for kk in cutlass.range_constexpr(cute.size(m.frag_q, mode=[2])):
             cute.gemm(
@@ -732,7 +712,7 @@ class PrefillSm90:
     @cute.jit
     def issue_pv(self, m, events, v_state):
         """Start O += P V when v_full says so."""
-        events.v.consumer_wait(v_state, events.v.consumer_try_wait(v_state))
+        self.arrived(events.v, v_state)
         warpgroup.fence()
         for kk in cutlass.range_constexpr(cute.size(m.frag_p, mode=[2])):
             cute.gemm(m.pv, m.acc_o, m.frag_p[None, None, kk], m.frag_v[None, None, kk, v_state.index], m.acc_o)

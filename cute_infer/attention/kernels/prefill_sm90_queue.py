@@ -52,6 +52,8 @@ class WorkItem(NamedTuple):
     kv_len: object
     kv_begin: object  # first token in k and v (ragged), first entry of kv_indices (paged)
     num_pages: object  # entries that belong to the request (paged)
+    query: object  # row 0's query, counted from the request's first (where the spec reads it, else 0)
+    request: object  # the same
 
 
 class Cursor(NamedTuple):
@@ -69,10 +71,12 @@ class PrefillQueue:
     """Device functions of the queue; every lane of the calling warp gets the same answer."""
 
     def __init__(self, spec, tile):
-        self.tile_q = tile.tile_q
+        self.tile_q, self.tile_kv = tile.tile_q, tile.tile_kv
+        self.split_kv, self.window = tile.split_kv, spec.window
         self.pack = spec.group_size if tile.pack_heads else 1  # rows per query
         self.heads_per_kv = spec.group_size // self.pack
-        self.causal = spec.causal
+        self.causal = spec.causal and not spec.custom_mask
+        self.numbered = spec.custom_mask or spec.pos_encoding == "ALIBI"  # items say which request and query they are
         self.page_size = spec.page_size
         self.single = spec.kv_layout == "single"
         self.budget_tokens = L2_BUDGET_BYTES // (2 * (spec.head_dim_qk + spec.head_dim_vo))
@@ -152,7 +156,7 @@ class PrefillQueue:
                 cursor = self.enter_section(lengths, table, cursor.request_end, cursor.ticket_end, requests_per_section)
             past_end = cursor.request >= lengths.qo_indptr.shape[0] - 1
         zero = Int32(0)
-        item = WorkItem(zero, zero, zero, zero, zero, zero, zero, zero)
+        item = WorkItem(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
         if not past_end:
             splits = lengths.num_splits
             place, unit = self.divide(ticket - cursor.ticket, cursor.num_blocks, lengths.num_heads * splits, heads_per_section * splits)
@@ -162,10 +166,11 @@ class PrefillQueue:
                 block = cursor.num_blocks - 1 - place
                 query = block * (self.tile_q // self.pack)
                 left = lengths.total_q - query
-                item = WorkItem(query, left * self.pack, lengths.total_kv - left, head, split, lengths.total_kv, zero, zero)
+                numbered = query if const_expr(self.numbered) else zero
+                item = WorkItem(query, left * self.pack, lengths.total_kv - left, head, split, lengths.total_kv, zero, zero, numbered, zero)
             else:
                 member, level = self.seek(table, cursor, place)
-                item = self.describe(table, member, level, head, split)
+                item = self.describe(table, cursor, member, level, head, split)
         return cursor, item
 
     @cute.jit
@@ -209,9 +214,28 @@ class PrefillQueue:
         return cute.arch.popc(chosen - 1), level
 
     @cute.jit
-    def describe(self, table, member: Int32, level: Int32, head: Int32, split: Int32):
+    def describe(self, table, cursor, member: Int32, level: Int32, head: Int32, split: Int32):
         """The work item of a section member's ``level``-th query block."""
         left = table[member] - level * self.tile_q
         query = level * (self.tile_q // self.pack)
         kv_begin, kv_len, num_pages = table[2 * WARP + member], table[3 * WARP + member], table[4 * WARP + member]
-        return WorkItem(table[WARP + member] + query, left, kv_len - left // self.pack, head, split, kv_len, kv_begin, num_pages)
+        numbers = (query, cursor.request + member) if const_expr(self.numbered) else (Int32(0), Int32(0))
+        return WorkItem(table[WARP + member] + query, left, kv_len - left // self.pack, head, split, kv_len, kv_begin, num_pages, *numbers)
+
+    # ------------------------------------------------------------------------------------------------ what an item reads
+
+    @cute.jit
+    def kv_tiles(self, first_pos: Int32, num_rows: Int32, kv_len: Int32, split: Int32, num_splits: Int32, window_left: Int32):
+        """[first, end): the key tiles of a work item, those that some row of it sees; empty when none is visible."""
+        end, first = kv_len, Int32(0)
+        if const_expr(self.causal):
+            queries = cute.ceil_div(cutlass.min(num_rows, self.tile_q), self.pack)
+            end = cutlass.max(0, cutlass.min(kv_len, first_pos + queries))
+        if const_expr(self.window):
+            first = cutlass.max(0, first_pos - window_left) // self.tile_kv
+        end = cute.ceil_div(end, self.tile_kv)
+        if const_expr(self.split_kv):
+            visible, begin = cutlass.max(0, end - first), first
+            first = begin + visible * split // num_splits
+            end = begin + visible * (split + 1) // num_splits
+        return first, end

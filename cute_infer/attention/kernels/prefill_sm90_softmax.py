@@ -86,7 +86,12 @@ def mask_scores(
 
 @cute.jit
 def online_softmax(
-    acc_s: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor, correction: cute.Tensor, scale_log2: Float32, first: cutlass.Constexpr
+    acc_s: cute.Tensor,
+    row_max: cute.Tensor,
+    row_sum: cute.Tensor,
+    correction: cute.Tensor,
+    scale_log2: Float32,
+    first: cutlass.Constexpr,
 ) -> Boolean:
     """Scores -> exp2(scores * scale_log2 - reference), in place; advances the running maximum and sum of both rows.
 
