@@ -32,10 +32,11 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit and whether the checkout differs from it (None: unknown). COMMIT names it where there is no .git."""
+    """The commit and whether the checkout differs from it (None: unknown). COMMIT names it for a copy of a tree without its history."""
+    head = os.environ.get("COMMIT")
+    if head:
+        return {"commit": head, "dirty": None}
     head = output_of("git", "rev-parse", "HEAD")
-    if head is None:
-        return {"commit": os.environ.get("COMMIT"), "dirty": None}
     changed = output_of("git", "status", "--porcelain", "--", ".", ":!reports", ":!benchmarks/results")
     return {"commit": head, "dirty": bool(changed) if changed is not None else None}
 

@@ -266,7 +266,8 @@ _lib.define(
 def _op_cuda(*args: Any) -> None:
     tensors, status, spec, batch_size, scalars, batch_invariant = args[:14], args[14], args[15], args[16], args[17:24], args[24]
     kv_lens = KvLens(*args[25:])
-    workspace = Workspace(status.device, status=status) if status is not None else None
+    # Scratch of this call alone: compiled code may run with every allocation in a CUDA graph's pool, where nothing else may outlive it.
+    workspace = Workspace(args[0].device, status=status)
     _launch(AttentionSpec.from_string(spec), batch_size, tensors, scalars, workspace, batch_invariant, kv_lens)
 
 

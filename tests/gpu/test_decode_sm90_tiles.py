@@ -131,7 +131,8 @@ def test_flags_change_no_bit(kv, name, monkeypatch):
 def test_flags_with_other_pages_and_a_window(kv, page_size, plan, monkeypatch):
     """A gather of single tokens, several pages per slot, several slots per page; ranks by what the window leaves of a length."""
     spec = dataclasses.replace(spec_of(kv), page_size=page_size)
-    for tile in flagged(kv):
+    sets = flagged(kv)
+    for tile in (sets[i] for i in (0, 4, 5, 7, 10)):  # none; every flag at least once
         if not (tile.early_metadata and t90.gathers(spec)):
             force(monkeypatch, tile)
             check(kv, "many", page_size, **plan)
