@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 
 from ..alignment import is_aligned
 from ..checks import dtype_name
-from ..errors import UnsupportedConfigError, fail
+from ..errors import CompileError, UnsupportedConfigError, fail
 from ..jit import Target, get_kernel
-from .tiles import CHAIN_PATH, ROW_PATH, ChainSpec, ChainTile, RowSpec, choose, why_not
+from .tiles import CHAIN_PATH, FEW_ROWS, ROW_PATH, ChainSpec, ChainTile, RowSpec, choose, why_not
+
+log = logging.getLogger("cute_infer.sampling")
 
 Scalar = float | int | None
 
@@ -24,7 +27,14 @@ def _row_kernel(device: torch.device, vocab: int, rows: int, spec_fields: tuple[
     reason = why_not(spec, vocab, rows)
     if reason is not None:
         fail(UnsupportedConfigError, f"no sampling kernel on {target.arch}: {reason}", got=str(spec), fix="pass fewer or shorter rows")
-    return get_kernel(ROW_PATH, spec, choose(target.is_hopper, vocab, rows), target).fn
+    best, any_rows = (choose(target.is_hopper, vocab, n) for n in (rows, FEW_ROWS + 1))
+    try:
+        return get_kernel(ROW_PATH, spec, best, target).fn
+    except CompileError as error:  # frozen, or the compiler is absent: bundles hold the tile for many rows, which computes the same
+        if best == any_rows:
+            raise
+        log.warning("no sampling kernel for %d rows, using the one for many: %s", rows, error)
+        return get_kernel(ROW_PATH, spec, any_rows, target).fn
 
 
 @functools.lru_cache(maxsize=64)

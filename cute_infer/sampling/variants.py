@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def row_specs() -> Iterator[RowSpec]:
-    """The calls of vLLM, SGLang and TensorRT-LLM (per-row top-k and top-p), of the quick start (scalars), and the fused call."""
+    """The calls of vLLM, SGLang and TensorRT-LLM (per-row top-k and top-p), and of the quick start (scalars)."""
     for mode in ("row", "scalar"):
         for k, p in ((mode, "none"), ("none", mode), (mode, mode)):
             both = k == p
@@ -26,6 +26,10 @@ def row_specs() -> Iterator[RowSpec]:
     yield RowSpec("logits", "float32", "softmax")
     yield RowSpec("logits", "float32", "ids", seed="scalar", offset="scalar")
     yield RowSpec("probs", "float32", "ids", seed="scalar", offset="scalar")
+
+
+def fused_specs() -> Iterator[RowSpec]:
+    """``sampling.sample``: the whole step from raw logits."""
     for dtype in ("float32", "bfloat16"):
         for k, p in (("none", "none"), ("row", "row")):
             for seed in ("scalar", "row"):
@@ -36,10 +40,16 @@ def row_specs() -> Iterator[RowSpec]:
 
 
 def variants(target: Target, vocab_size: int = 128256) -> Iterator[tuple[str, Any, Any]]:
-    """``(path, spec, tile)`` of every sampling kernel for 16-byte aligned rows of this vocabulary, for few and for many rows."""
-    tiles = dict.fromkeys(choose(target.is_hopper, vocab_size, rows) for rows in (1, FEW_ROWS + 1))
+    """``(path, spec, tile)`` of the sampling kernels for 16-byte aligned rows of this vocabulary.
+
+    The fused call comes with the tiles for few and for many rows. The rest has the latter alone, which then serves few rows too: ids do
+    not depend on the tile.
+    """
+    few, many = (choose(target.is_hopper, vocab_size, rows) for rows in (1, FEW_ROWS + 1))
     for spec in row_specs():
-        for tile in tiles:
+        yield ROW_PATH, spec, many
+    for spec in fused_specs():
+        for tile in dict.fromkeys((few, many)):
             yield ROW_PATH, spec, tile
     for mode in ("scalar", "row"):
         yield CHAIN_PATH, ChainSpec(mode, mode), ChainTile()

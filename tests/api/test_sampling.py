@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 import cute_infer
 from cute_infer import errors, sampling
-from cute_infer.sampling import reference
+from cute_infer.errors import MissingKernelError
+from cute_infer.sampling import launch, reference
 from cute_infer.sampling.tiles import MAX_VOCAB, SM80_TILES, SM90_TILES, RowSpec, choose
 
 VOCAB, DRAWS = 300, 20_000
@@ -439,3 +441,23 @@ def test_tiles_divide_every_vector() -> None:
     tiles = [t for _, *pair in SM90_TILES for t in pair] + [t for _, t in SM80_TILES]
     for tile in tiles:
         assert tile.per_thread % RowSpec("logits", "bfloat16", "ids").vector == 0 and 1024 % tile.threads == 0
+
+
+def test_without_the_compiler_few_rows_take_the_kernel_for_many(monkeypatch, caplog):
+    """A bundle holds the tile for many rows; a server that cannot compile uses it for few rows as well."""
+    few, many = (choose(True, 128256, rows) for rows in (1, 64))
+    assert few != many
+    held = {many}
+
+    def get_kernel(path, spec, tile, target):
+        if tile not in held:
+            raise MissingKernelError("not in the bundle")
+        return types.SimpleNamespace(fn=tile)
+
+    monkeypatch.setattr(launch, "get_kernel", get_kernel)
+    monkeypatch.setattr(launch.Target, "detect", lambda device: launch.Target.parse("sm_90a"))
+    find = launch._row_kernel.__wrapped__
+    assert find(torch.device("cuda"), 128256, 1, ("logits", "float32", "ids")) is many and "for 1 rows" in caplog.text
+    held.clear()
+    with pytest.raises(MissingKernelError):
+        find(torch.device("cuda"), 128256, 1, ("logits", "float32", "ids"))
