@@ -55,7 +55,7 @@ def run_attention(
 
     Shapes as in ``device/args.py``: q ``[total_q, num_qo_heads, head_dim_qk]``, k and v ``[pages, page_size, num_kv_heads, head_dim]``
     (ragged and single: one page that holds every token), out ``[total_q, num_qo_heads, head_dim_vo]``, lse ``[total_q, num_qo_heads]``
-    fp32. Everything has been checked by the caller. ``kv_lens`` is a hint; of a single request its length is taken from ``k``.
+    fp32. Everything has been checked by the caller. ``kv_lens`` is a hint for the choice of a tile.
 
     Returns:
         The launch, to be repeated with other tensors of the same shapes and the same metadata; None when there is nothing to repeat.
@@ -160,9 +160,6 @@ def _launch(
         repeatable = False
     if workspace is None:
         workspace, repeatable = _functional_workspace(q.device), False
-    if spec.kind == "decode" and spec.kv_layout == "single":
-        visible = min(k.shape[1], window_left + 1) if spec.window else k.shape[1]
-        kv_lens = KvLens.of(visible, visible)
     bound = workspace.bind(spec, batch_size, k.shape[2], total_q, batch_invariant, kv_lens)
     split = bound.choice.tile.split_kv
     out_partial, lse_partial = workspace.partials(bound.num_splits, total_q, num_qo_heads, spec.head_dim_vo) if split else (None, None)
