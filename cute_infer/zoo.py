@@ -113,8 +113,8 @@ def _attention_requests(specs: Iterable[AttentionSpec], model: Model, target: Ta
     found: dict[Request, None] = {}
     for spec in specs:
         for hints in batches(model, target, spec.kind):
-            if spec.lse and hints.kv_lens.mean:
-                continue  # half of a cascade: the tile for any lengths does, and a server without the compiler falls back to it
+            if hints.kv_lens.mean and (spec.lse or spec.kv_layout == "single"):
+                continue  # single calls take the tile for any lengths, and so does half of a cascade where nothing may be compiled
             if hints.batch_size == 1 or spec.kv_layout != "single":
                 if batch_invariant or not hints.batch_invariant:
                     choice = pick(spec, target, hints)
