@@ -93,6 +93,22 @@ def test_commit_comes_from_the_environment_without_git(monkeypatch: pytest.Monke
     assert stamp.commit() == {"commit": "feedface", "dirty": None}
 
 
+def test_a_commit_in_the_environment_wins_over_the_history_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stamp, "output_of", lambda *command: "0ld")
+    monkeypatch.setenv("COMMIT", "feedface")
+    assert stamp.commit()["commit"] == "feedface"
+    monkeypatch.delenv("COMMIT")
+    assert stamp.commit()["commit"] == "0ld"
+
+
+def test_a_report_says_what_failed_and_not_where_files_are() -> None:
+    assert (
+        gpu_test.what_failed("/home/me/x.py:3: in f\n    g()\nE   assert 1 == 2\nE    +  where 1 = h()")
+        == "E   assert 1 == 2\nE    +  where 1 = h()"
+    )
+    assert gpu_test.what_failed("worker crashed") == "worker crashed"
+
+
 def test_the_stamp_is_whole_on_any_machine() -> None:
     about = json.loads(json.dumps(stamp.stamp()))
     assert len(about["kernel_sources"]) >= 16 and about["kernel_sources"] == stamp.kernel_sources()

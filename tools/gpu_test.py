@@ -20,6 +20,11 @@ SLOWEST = 15
 SELECTING = ("-k", "-m", "--deselect", "--ignore", "--lf", "--ff", "-x", "--maxfail", "--exitfirst")
 
 
+def what_failed(text: str) -> str:
+    """The lines of a traceback that say what was wrong; without them its end. Where the machine keeps its files is no part of a report."""
+    return "\n".join(line for line in text.splitlines() if line.startswith("E "))[-2000:] or text[-2000:]
+
+
 class Recorder:
     """A pytest plugin: one outcome and one duration per test, under xdist too."""
 
@@ -34,7 +39,7 @@ class Recorder:
         self.seconds[test] += report.duration
         if report.failed:  # in set-up or tear-down too
             self.outcome[test] = "failed"
-            self.failures[test] = report.longreprtext[-2000:]
+            self.failures[test] = what_failed(report.longreprtext)
         elif report.skipped:
             self.outcome.setdefault(test, "skipped")
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(getattr(report, "wasxfail", report.longrepr))
@@ -45,7 +50,7 @@ class Recorder:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.outcome[report.nodeid] = "failed"
-            self.failures[report.nodeid] = report.longreprtext[-2000:]
+            self.failures[report.nodeid] = what_failed(report.longreprtext)
 
     def summary(self) -> dict[str, Any]:
         by_file: dict[str, dict[str, int]] = {}

@@ -207,7 +207,7 @@ def _microseconds(base: Explanation, chip: Chip, workspace: int) -> float | None
     seconds = (base.kv_bytes + base.io_bytes + 2 * workspace) / chip.bandwidth
     peak = TENSOR_PEAK.get(chip.target.arch)
     if base.spec.kind == "prefill" and peak is not None:
-        seconds = max(seconds, base.flops / peak)
+        seconds = max(seconds, base.flops * base.spec.q_bits / (16 * peak))  # 8-bit operands: twice the rate
     return 1e6 * (seconds + (2 if workspace else 1) * LAUNCH_SECONDS)
 
 

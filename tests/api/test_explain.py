@@ -101,6 +101,15 @@ def test_long_prefill_is_bound_by_the_tensor_cores():
     assert told.num_ctas == told.num_sms  # persistent
 
 
+def test_eight_bit_products_take_half_the_time():
+    rows = torch.tensor([0, 8192], dtype=torch.int32)
+    wrapper = fi.BatchPrefillWithRaggedKVCacheWrapper()
+    wrapper.plan(rows, rows, 32, 8, 128, q_data_type=torch.float8_e4m3fn, kv_data_type=torch.float8_e4m3fn)
+    told = wrapper.explain("sm_90a")
+    assert told.kernel == "prefill_sm90_fp8" and told.flops == 4 * 8192**2 * 32 * 128
+    assert told.predicted_us == pytest.approx(1e6 * (told.flops / (2 * 989e12) + explain_module.LAUNCH_SECONDS))
+
+
 def test_paged_prefill_and_several_rows_per_request():
     case = PREFILL[1]
     batch = make_batch(case)
