@@ -25,7 +25,7 @@ from .inspect import KernelFacts
 from .key import FORMAT, digest
 from .library import link, preload_runtime
 from .sources import kernel_sources_hash
-from .toolchain import toolchain
+from .toolchain import runtime_library, toolchain
 
 log = logging.getLogger("cute_infer.jit")
 
@@ -58,10 +58,12 @@ class Bundle:
             log.warning("bundle %s was built from other kernel sources: kernels that changed since are not in it", directory)
 
     def _why_unusable(self) -> str | None:
-        made, here = self.manifest["toolchain"]["dsl"], toolchain()["libs"]
-        if here is None:
+        if runtime_library() is None:
             return "the runtime library is not installed (pip install --no-deps nvidia-cutlass-dsl-libs-cu12)"
-        if made.split(".")[:2] != here.split(".")[:2]:
+        made, here = self.manifest["toolchain"]["dsl"], toolchain()["libs"]
+        if here is None:  # copied here by hand, or named by CUTE_DSL_LIBS: nothing says which version it is
+            log.warning("bundle %s was built with nvidia-cutlass-dsl %s; the version of the runtime library here is not known", self.directory, made)
+        elif made.split(".")[:2] != here.split(".")[:2]:
             return f"it was built with nvidia-cutlass-dsl {made} and the runtime library here is {here}"
         return None
 

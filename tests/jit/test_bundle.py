@@ -90,6 +90,20 @@ def test_made_by_another_compiler(bundle, setenv, caplog):
     assert "nvidia-cutlass-dsl 4.7.0" in caplog.text and len(caplog.records) == 1
 
 
+def test_a_runtime_library_of_unknown_version(bundle, setenv, monkeypatch, caplog):
+    """Copied by hand, without the files in which a package notes its version."""
+    monkeypatch.setattr(bundles, "toolchain", lambda: {"libs": None})
+    setenv("CUTE_INFER_BUNDLE", str(bundle))
+    assert load(label="a").origin == load(label="b").origin == "bundle"
+    assert "version of the runtime library here is not known" in caplog.text and len(caplog.records) == 1
+
+
+def test_no_runtime_library(bundle, setenv, monkeypatch, caplog):
+    monkeypatch.setattr(bundles, "runtime_library", lambda: None)
+    setenv("CUTE_INFER_BUNDLE", str(bundle))
+    assert load(label="a").origin == "compiled" and "the runtime library is not installed" in caplog.text
+
+
 def test_made_from_other_sources(bundle, setenv, caplog):
     alter(bundle, sources="0")
     setenv("CUTE_INFER_BUNDLE", str(bundle))
