@@ -62,7 +62,9 @@ class Bundle:
             return "the runtime library is not installed (pip install --no-deps nvidia-cutlass-dsl-libs-cu12)"
         made, here = self.manifest["toolchain"]["dsl"], toolchain()["libs"]
         if here is None:  # copied here by hand, or named by CUTE_DSL_LIBS: nothing says which version it is
-            log.warning("bundle %s was built with nvidia-cutlass-dsl %s; the version of the runtime library here is not known", self.directory, made)
+            log.warning(
+                "bundle %s was built with nvidia-cutlass-dsl %s; the version of the runtime library here is not known", self.directory, made
+            )
         elif made.split(".")[:2] != here.split(".")[:2]:
             return f"it was built with nvidia-cutlass-dsl {made} and the runtime library here is {here}"
         return None
