@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from ..errors import CacheError, fail
 from . import trust
 from .cache import Entry
 from .inspect import KernelFacts
-from .key import FORMAT, digest
+from .key import Request, digest, request_inputs
 from .library import link, preload_runtime
-from .sources import kernel_sources_hash
+from .sources import fingerprint_of, kernel_sources_hash, source_modules
 from .toolchain import runtime_library, toolchain
 
 log = logging.getLogger("cute_infer.jit")
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of the manifest: raise it when its meaning changes
 
 
 class Bundle:
@@ -43,6 +45,8 @@ class Bundle:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(os.path.realpath(directory))
         self._libraries: dict[str, Any] = {}
+        self._fingerprints: dict[tuple[str, ...], str | None] = {}
+        self._explained = False
         try:
             (text,) = trust.read_files(self.directory, (MANIFEST,))
             self.manifest = json.loads(text)
@@ -54,8 +58,6 @@ class Bundle:
         self.unusable = self._why_unusable()
         if self.unusable:
             log.warning("bundle %s is ignored: %s", directory, self.unusable)
-        elif self.manifest["sources"] != kernel_sources_hash():
-            log.warning("bundle %s was built from other kernel sources: kernels that changed since are not in it", directory)
 
     def _why_unusable(self) -> str | None:
         if runtime_library() is None:
@@ -69,30 +71,51 @@ class Bundle:
             return f"it was built with nvidia-cutlass-dsl {made} and the runtime library here is {here}"
         return None
 
-    def load(self, request_key: str) -> tuple[Any, KernelFacts] | None:
-        """The function and facts of a kernel, or None when the bundle lacks it.
+    def load(self, request: Request) -> tuple[Any, KernelFacts] | None:
+        """The function and facts of a kernel of an architecture that is open, or None when the bundle lacks it."""
+        if self.unusable:
+            return None
+        fingerprint = self._fingerprint(request.modules)
+        kernel = self.manifest["kernels"].get(digest(request_inputs(request, fingerprint))) if fingerprint else None
+        if kernel is None:
+            self._explain_miss()
+            return None
+        return self._libraries[kernel["arch"]][kernel["symbol"]], KernelFacts.from_data(kernel["facts"])
+
+    def _fingerprint(self, modules: tuple[str, ...]) -> str | None:
+        """Of the sources as they are here. The bundle knows which modules to read, and where it does not it has no kernel of theirs."""
+        if modules not in self._fingerprints:
+            closure = self.manifest["modules"].get(" ".join(modules))
+            self._fingerprints[modules] = fingerprint_of(closure) if closure else None
+        return self._fingerprints[modules]
+
+    def _explain_miss(self) -> None:
+        """Say once when changed sources may be why a kernel is missing. Not before one is: reading all sources takes 20 ms."""
+        if not self._explained and self.manifest["sources"] != kernel_sources_hash():
+            log.warning("bundle %s was built from other kernel sources: kernels that changed since are not in it", self.directory)
+        self._explained = True
+
+    def open(self, arch: str) -> None:
+        """Load the library for ``arch`` unless it is loaded or there is none. Not left to the first kernel, whose time it is not.
 
         Raises:
             CacheError: the library was altered.
+            UntrustedCacheError: another user could have written it.
         """
-        kernel = None if self.unusable else self.manifest["kernels"].get(request_key)
-        if kernel is None:
-            return None
-        return self._library(kernel["arch"])[kernel["symbol"]], KernelFacts.from_data(kernel["facts"])
+        library = self.manifest["libraries"].get(arch)
+        if library is None or arch in self._libraries or self.unusable:
+            return
+        import tvm_ffi
 
-    def _library(self, arch: str) -> Any:
-        if arch not in self._libraries:
-            import tvm_ffi
-
-            library = self.manifest["libraries"][arch]
-            (content,) = trust.read_files(self.directory, (library["file"],))
-            file = self.directory / library["file"]
-            found = hashlib.sha256(content).hexdigest()
-            if found != library["sha256"]:
-                fail(CacheError, f"{file} was altered", got=found, expected=library["sha256"], fix="build it again")
-            preload_runtime()
-            self._libraries[arch] = tvm_ffi.load_module(str(file))
-        return self._libraries[arch]
+        started = time.perf_counter()
+        (content,) = trust.read_files(self.directory, (library["file"],))
+        file = self.directory / library["file"]
+        found = hashlib.sha256(content).hexdigest()
+        if found != library["sha256"]:
+            fail(CacheError, f"{file} was altered", got=found, expected=library["sha256"], fix="build it again")
+        preload_runtime()
+        self._libraries[arch] = tvm_ffi.load_module(str(file))
+        log.debug("opened %s, %d bytes, in %.1f ms, once", file, len(content), (time.perf_counter() - started) * 1e3)
 
 
 def write_bundle(directory: Path, entries: Iterable[Entry]) -> dict[str, Any]:
@@ -132,6 +155,10 @@ def write_bundle(directory: Path, entries: Iterable[Entry]) -> dict[str, Any]:
                 "request": entry.request,
             }
             for entry in entries
+        },
+        "modules": {
+            " ".join(modules): sorted(source_modules(modules))
+            for modules in {Request.from_data(entry.request).modules for entry in entries}
         },
     }
     temporary = directory / f".{MANIFEST}.{os.getpid()}"

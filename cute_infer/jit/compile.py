@@ -139,12 +139,13 @@ _bundle = functools.lru_cache(maxsize=8)(Bundle)
 def _load(request: Request, target: Target) -> CompiledKernel:
     slot = (request.path, request.spec, request.tile, target)
     start_runtime()
-    started = time.perf_counter()
     with _state.lock:
+        for directory in get_config().bundle:
+            _bundle(directory).open(request.arch)
+        started = time.perf_counter()
         kernel = _state.memory.get(slot)  # another thread may have been faster
         if kernel is None:
-            inputs = request_inputs(request)
-            kernel = _from_bundle(request, inputs) or _from_disk_or_compiler(request, inputs)
+            kernel = _from_bundle(request) or _from_disk_or_compiler(request, request_inputs(request))
             if kernel.facts.smem_bytes > target.smem_limit:
                 fail(
                     UnsupportedConfigError,
@@ -159,9 +160,9 @@ def _load(request: Request, target: Target) -> CompiledKernel:
         return kernel
 
 
-def _from_bundle(request: Request, inputs: dict[str, Any]) -> CompiledKernel | None:
+def _from_bundle(request: Request) -> CompiledKernel | None:
     for directory in get_config().bundle:
-        found = _bundle(directory).load(digest(inputs))
+        found = _bundle(directory).load(request)
         if found is not None:
             _state.stats.bundle_hits += 1
             return CompiledKernel(*found, request, "bundle")

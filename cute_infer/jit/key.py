@@ -20,7 +20,7 @@ from typing import Any
 
 from .sources import source_fingerprint
 
-FORMAT = 1  # of the object, of the sidecar and of the bundle: raise it when their meaning changes
+FORMAT = 1  # of the object and of the sidecar: raise it when their meaning changes
 
 
 # ------------------------------------------------------------------------------------------------------------------ canonical values
@@ -99,9 +99,9 @@ class Request:
         return Request(data["path"], decode(data["spec"]), decode(data["tile"]), data["arch"])
 
 
-def request_inputs(request: Request) -> dict[str, Any]:
-    """What :func:`request_key` hashes."""
-    return {"format": FORMAT, **request.to_data(), "sources": _cached_fingerprint(request.modules)}
+def request_inputs(request: Request, sources: str | None = None) -> dict[str, Any]:
+    """What :func:`request_key` hashes. ``sources`` is the fingerprint of ``request.modules`` if the caller has it."""
+    return {"format": FORMAT, **request.to_data(), "sources": sources or _cached_fingerprint(request.modules)}
 
 
 def request_key(request: Request) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from cute_infer import jit
 from cute_infer.errors import CacheError, UntrustedCacheError
-from cute_infer.jit import Request, Target, key, library
+from cute_infer.jit import Request, Target, key, library, sources
 from cute_infer.jit import bundle as bundles
 from tests.jit.tiny_spec import PATH, TinySpec, TinyTile
 
@@ -108,13 +108,32 @@ def test_made_from_other_sources(bundle, setenv, caplog):
     alter(bundle, sources="0")
     setenv("CUTE_INFER_BUNDLE", str(bundle))
     assert load(label="a").origin == load(label="b").origin == "bundle"  # these two did not change
+    assert not caplog.records
+    assert load(label="c").origin == load(label="d").origin == "compiled"
     assert "other kernel sources" in caplog.text and len(caplog.records) == 1
 
 
 def test_a_kernel_that_changed(bundle, setenv, monkeypatch):
-    monkeypatch.setattr(key, "_cached_fingerprint", lambda modules: "changed")
+    monkeypatch.setattr(bundles, "fingerprint_of", lambda closure: "changed")
     setenv("CUTE_INFER_BUNDLE", str(bundle))
     assert load(label="a").origin == "compiled"
+
+
+@pytest.mark.parametrize(
+    "modules", [{}, {"tests.jit.tiny_kernel tests.jit.tiny_spec tests.jit.tiny_spec": ["tests.jit.tiny_kernel", "tests.jit.gone"]}]
+)
+def test_modules_it_does_not_know(bundle, setenv, modules):
+    alter(bundle, modules=modules)
+    setenv("CUTE_INFER_BUNDLE", str(bundle))
+    assert load(label="a").origin == "compiled"
+
+
+def test_reads_the_modules_that_make_the_kernel(bundle):
+    """The fingerprint by the bundle's list of modules is the one by the search for imports."""
+    manifest = json.loads((bundle / bundles.MANIFEST).read_text())
+    assert {key.request_inputs(request)["sources"] for request in REQUESTS} == {
+        sources.fingerprint_of(c) for c in manifest["modules"].values()
+    }
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"format": 99}'])
