@@ -66,7 +66,7 @@ class CompileError(CuteInferError, RuntimeError):
 
 
 class MissingKernelError(CompileError):
-    """Compilation is switched off and no prebuilt kernel matches."""
+    """No prebuilt kernel matches, and compiling is switched off, over (after ``freeze()``) or impossible (no compiler)."""
 
 
 class CacheError(CuteInferError, RuntimeError):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import CompileError
+from ..errors import MissingKernelError
 from ..jit import Target, get_kernel
 from .lengths import UNKNOWN, KvLens
 from .merge import load_partials_kernel
@@ -137,7 +137,7 @@ def _bind(
     choice = pick(spec, target, Hints(batch_size, num_kv_heads, sms, total_q, batch_invariant, kv_lens))
     try:
         kernel = get_kernel(choice.path, spec, choice.tile, target)
-    except CompileError as error:  # frozen, or the compiler is absent: a tile for any lengths may be there
+    except MissingKernelError as error:  # frozen, or the compiler is absent: a tile for any lengths may be there
         if not kv_lens.mean:
             raise
         log.warning("no kernel for lengths that are %s, using the one for any: %s", kv_lens, error)

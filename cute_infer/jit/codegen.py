@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import get_config
-from ..errors import CompileError, fail
+from ..errors import CompileError, MissingKernelError, fail
 from .cache import Entry
 from .inspect import kernel_facts
 from .key import Request, digest
@@ -37,13 +37,14 @@ def build(request: Request, inputs: dict[str, Any], toolchain: dict[str, str | N
     """Compile ``request``; ``inputs`` and ``toolchain`` become the entry's description. Not thread-safe: hold the compile lock.
 
     Raises:
-        CompileError: the compiler is not installed or refused; carries its message and the spec.
+        CompileError: the compiler refused; carries its message and the spec.
+        MissingKernelError: it is not installed.
     """
     try:
         import cutlass.cute as cute
     except ImportError as error:
         fail(
-            CompileError,
+            MissingKernelError,
             f"{request.name} must be compiled, and the compiler is not installed",
             got=f"{type(error).__name__}: {error}",
             fix="pip install nvidia-cutlass-dsl, or point CUTE_INFER_BUNDLE at a bundle made by `cute-infer compile --out`",

@@ -89,8 +89,8 @@ def get_kernel(path: str, spec: Any, tile: Any, target: Target) -> CompiledKerne
         spec, tile: frozen dataclasses of None, bool, int, float, str and tuples: the two constructor arguments, and the cache key.
 
     Raises:
-        CompileError: the compiler refused, is not installed, or :func:`freeze` is in force.
-        MissingKernelError: ``CUTE_INFER_JIT=off`` and nothing prebuilt matches; the message has the command that builds it.
+        CompileError: the compiler refused.
+        MissingKernelError: nothing prebuilt matches, and ``CUTE_INFER_JIT=off``, :func:`freeze` is in force or there is no compiler.
         UnsupportedConfigError: the kernel needs more shared memory than the device has.
         UntrustedCacheError: the cache could have been written by another user.
     """
@@ -105,7 +105,7 @@ def get_entry(request: Request) -> Entry:
 
 
 def freeze() -> None:
-    """From now on a kernel that would have to be compiled raises CompileError. For servers: call it after warm-up."""
+    """From now on a kernel that would have to be compiled raises MissingKernelError. For servers: call it after warm-up."""
     _state.frozen = True
 
 
@@ -219,7 +219,7 @@ def _refuse_to_compile(request: Request) -> None:
         )
     if _state.frozen:
         fail(
-            CompileError,
+            MissingKernelError,
             f"frozen: {request.name} for {request.arch} would have to be compiled: {request.spec}",
             fix=f"warm it up before cute_infer.jit.freeze(), or build it ahead of time: {compile_command(request)}",
         )

@@ -11,7 +11,7 @@ import torch
 
 from ..alignment import is_aligned
 from ..checks import dtype_name
-from ..errors import CompileError, UnsupportedConfigError, fail
+from ..errors import MissingKernelError, UnsupportedConfigError, fail
 from ..jit import Target, get_kernel
 from .tiles import CHAIN_PATH, FEW_ROWS, ROW_PATH, ChainSpec, ChainTile, RowSpec, choose, why_not
 
@@ -30,7 +30,7 @@ def _row_kernel(device: torch.device, vocab: int, rows: int, spec_fields: tuple[
     best, any_rows = (choose(target.is_hopper, vocab, n) for n in (rows, FEW_ROWS + 1))
     try:
         return get_kernel(ROW_PATH, spec, best, target).fn
-    except CompileError as error:  # frozen, or the compiler is absent: bundles hold the tile for many rows, which computes the same
+    except MissingKernelError as error:  # frozen, or the compiler is absent: bundles hold the tile for many rows, which computes the same
         if best == any_rows:
             raise
         log.warning("no sampling kernel for %d rows, using the one for many: %s", rows, error)

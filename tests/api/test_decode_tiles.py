@@ -14,7 +14,7 @@ from cute_infer.attention import tiles_decode_sm90 as t90
 from cute_infer.attention.lengths import CLASSES, EVEN, LONG, MIXED, SHORT, UNEVEN, UNKNOWN, KvLens
 from cute_infer.attention.spec import AttentionSpec
 from cute_infer.attention.tiles import Hints, pick
-from cute_infer.errors import CompileError
+from cute_infer.errors import CompileError, MissingKernelError
 from cute_infer.jit import Target
 
 HOPPER = Target.parse("sm_90a")
@@ -161,7 +161,7 @@ def test_without_the_kernel_for_a_class_the_one_for_any_lengths_serves(monkeypat
     def get_kernel(path, spec, tile, target):
         seen.append(tile)
         if tile != general:
-            raise CompileError("frozen")
+            raise MissingKernelError("frozen")
         return Kernel
 
     monkeypatch.setattr(plan, "get_kernel", get_kernel)
@@ -169,9 +169,17 @@ def test_without_the_kernel_for_a_class_the_one_for_any_lengths_serves(monkeypat
     try:
         assert plan.bind(LLAMA, device, 64, 8, 64, kv_lens=KvLens(4096, EVEN)).choice.tile == general
         assert len(seen) == 2 and "even" in caplog.text
-        monkeypatch.setattr(plan, "get_kernel", lambda *_: (_ for _ in ()).throw(CompileError("frozen")))
-        plan._bind.cache_clear()
-        with pytest.raises(CompileError):
-            plan.bind(LLAMA, device, 64, 8, 64, kv_lens=KvLens(4096, EVEN))
+        for error in (MissingKernelError("frozen"), CompileError("a bug")):
+            seen.clear()
+
+            def refuse(*request, error=error):
+                seen.append(request)
+                raise error
+
+            monkeypatch.setattr(plan, "get_kernel", refuse)
+            plan._bind.cache_clear()
+            with pytest.raises(type(error)):
+                plan.bind(LLAMA, device, 64, 8, 64, kv_lens=KvLens(4096, EVEN))
+            assert len(seen) == (2 if type(error) is MissingKernelError else 1)  # a bug in a kernel is not hidden by another kernel
     finally:
         plan._bind.cache_clear()

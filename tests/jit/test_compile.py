@@ -174,7 +174,7 @@ def test_freeze():
     kernel = tiny()
     jit.freeze()
     assert tiny() is kernel
-    with pytest.raises(CompileError, match="frozen.*tiny_kernel") as error:
+    with pytest.raises(MissingKernelError, match="frozen.*tiny_kernel") as error:
         tiny(label="new")
     assert "cute-infer compile --variant" in str(error.value)
     jit.thaw()
