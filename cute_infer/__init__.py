@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from packaging.version import Version
 
-    from . import jit, sampling
+    from . import jit, logits_processor, sampling, zoo
     from .attention.cascade import MultiLevelCascadeAttentionWrapper
     from .attention.decode import (
         BatchDecodeWithPagedKVCacheWrapper,
@@ -53,6 +53,23 @@ if TYPE_CHECKING:
     from .jit import freeze, thaw
     from .paged.append import append_paged_kv_cache, append_paged_mla_kv_cache
     from .paged.tables import from_page_table, get_batch_indices_positions, get_seq_lens
+    from .sampling import (
+        chain_speculative_sampling,
+        min_p_sampling_from_probs,
+        sampling_from_logits,
+        sampling_from_probs,
+        softmax,
+        top_k,
+        top_k_mask_logits,
+        top_k_renorm_probs,
+        top_k_sampling_from_logits,
+        top_k_sampling_from_probs,
+        top_k_top_p_sampling_from_logits,
+        top_k_top_p_sampling_from_probs,
+        top_p_renorm_probs,
+        top_p_sampling_from_logits,
+        top_p_sampling_from_probs,
+    )
 
 try:
     __version__ = importlib.metadata.version("cute-infer")
@@ -86,8 +103,28 @@ _HOME = {
     **dict.fromkeys(("packbits", "segment_packbits"), ".attention.mask_bits"),
     **dict.fromkeys(("append_paged_kv_cache", "append_paged_mla_kv_cache"), ".paged.append"),
     **dict.fromkeys(("from_page_table", "get_batch_indices_positions", "get_seq_lens"), ".paged.tables"),
+    **dict.fromkeys(
+        (
+            "chain_speculative_sampling",
+            "min_p_sampling_from_probs",
+            "sampling_from_logits",
+            "sampling_from_probs",
+            "softmax",
+            "top_k",
+            "top_k_mask_logits",
+            "top_k_renorm_probs",
+            "top_k_sampling_from_logits",
+            "top_k_sampling_from_probs",
+            "top_k_top_p_sampling_from_logits",
+            "top_k_top_p_sampling_from_probs",
+            "top_p_renorm_probs",
+            "top_p_sampling_from_logits",
+            "top_p_sampling_from_probs",
+        ),
+        ".sampling",
+    ),
     **dict.fromkeys(("freeze", "thaw"), ".jit"),
-    **{name: f".{name}" for name in ("attention", "jit", "paged", "sampling")},
+    **{name: f".{name}" for name in ("attention", "jit", "logits_processor", "paged", "sampling", "zoo")},
 }
 
 
@@ -160,6 +197,7 @@ __all__ = [
     "UntrustedCacheError",
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
+    "chain_speculative_sampling",
     "fast_decode_plan",
     "freeze",
     "from_page_table",
@@ -167,15 +205,31 @@ __all__ = [
     "get_cuda_version",
     "get_seq_lens",
     "jit",
+    "logits_processor",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
+    "min_p_sampling_from_probs",
     "packbits",
     "sampling",
+    "sampling_from_logits",
+    "sampling_from_probs",
     "segment_packbits",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
+    "softmax",
     "thaw",
+    "top_k",
+    "top_k_mask_logits",
+    "top_k_renorm_probs",
+    "top_k_sampling_from_logits",
+    "top_k_sampling_from_probs",
+    "top_k_top_p_sampling_from_logits",
+    "top_k_top_p_sampling_from_probs",
+    "top_p_renorm_probs",
+    "top_p_sampling_from_logits",
+    "top_p_sampling_from_probs",
     "warmup",
+    "zoo",
 ]

@@ -92,8 +92,22 @@ def _check_shape(call: str, name: str, tensor: torch.Tensor, shape: Mapping[str,
     fail(ShapeError, f"{what} {because}".rstrip(), got=describe(name, tensor), expected=expected, fix=fix)
 
 
+def check_written(call: str, name: str, tensor: torch.Tensor) -> None:
+    """Every element of a result has memory of its own (an expanded tensor's have not)."""
+    if 0 in tensor.stride() and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+        fail(
+            ShapeError,
+            f"{call}: {name} is expanded: several of its elements share one place in memory",
+            got=f"{describe(name, tensor)}, strides {list(tensor.stride())}",
+            expected=f"{name} with a place for every element",
+            fix=f"allocate {name} with torch.empty",
+        )
+
+
 def check_heads(call: str, num_qo_heads: int, num_kv_heads: int) -> int:
     """Query heads per KV head."""
+    if not (isinstance(num_qo_heads, int) and isinstance(num_kv_heads, int)):
+        check_positive(call, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)  # says which
     if num_qo_heads <= 0 or num_kv_heads <= 0 or num_qo_heads % num_kv_heads:
         fail(
             ShapeError,
@@ -125,7 +139,7 @@ def check_attention_dtypes(call: str, q: torch.dtype, kv: torch.dtype, o: torch.
             DTypeError,
             f"{call}: k and v have dtype {dtype_name(kv)} but q has {dtype_name(q)}",
             expected="KV of q's dtype, float8_e4m3fn or float8_e5m2",
-            fix=f"convert one of them, e.g. q.to(torch.{dtype_name(kv)})",
+            fix=f"convert k and v to torch.{dtype_name(q)}, or q to their dtype if it is one for q",
         )
     if o not in (*_HALF, *_FP8, torch.float32):
         fail(DTypeError, f"{call}: the output dtype {dtype_name(o)} is not supported", expected=f"{half} | float32 | fp8")

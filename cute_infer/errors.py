@@ -8,7 +8,7 @@
      |   +- PageTableError                    indptr / indices / last_page_len that contradict each other
      |   +- LayoutError (also KeyError)       an unknown layout or mode name
      |   +- UnsupportedConfigError            no kernel for it; every kernel's reason is in the message
-     +- PlanError (RuntimeError)              run() before plan(), or inputs that no longer match it
+     +- PlanError (RuntimeError)              run() before plan()
      +- CompileError (RuntimeError)           the compiler's own message and the spec
      |   +- MissingKernelError                CUTE_INFER_JIT=off and the bundle lacks it
      +- CacheError (RuntimeError)
@@ -58,7 +58,7 @@ class UnsupportedConfigError(ConfigError):
 
 
 class PlanError(CuteInferError, RuntimeError):
-    """run() before plan(), or run() with inputs that plan() was not made for."""
+    """run(), forward() or explain() of a wrapper without a plan."""
 
 
 class CompileError(CuteInferError, RuntimeError):

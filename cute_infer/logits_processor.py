@@ -18,6 +18,7 @@ import torch
 
 from . import sampling
 from .errors import ConfigError, UnsupportedConfigError, fail
+from .sampling.params import check_rows, per_row
 
 
 class TensorType(enum.Enum):
@@ -78,14 +79,17 @@ class LogitsProcessor:
 
 
 class Temperature(LogitsProcessor):
-    """logits / temperature, a positive number or ``[rows]``."""
+    """logits / temperature, a number or ``[rows]``; at 0 or less only the first largest logit of the row is left."""
 
     TYPES = {LOGITS: LOGITS}
     PARAMETER = "temperature"
 
     def apply(self, x: torch.Tensor, kind: TensorType, arguments: dict[str, Any]) -> torch.Tensor:
-        t = arguments["temperature"]
-        return x / (t[:, None] if isinstance(t, torch.Tensor) else t)
+        t = _column(arguments["temperature"], x)
+        if not isinstance(t, torch.Tensor):
+            return x / t if t > 0 else _greedy(x)
+        greedy = t <= 0
+        return torch.where(greedy, _greedy(x), x / torch.where(greedy, 1.0, t))
 
 
 class Softmax(LogitsProcessor):
@@ -128,14 +132,14 @@ class TopP(LogitsProcessor):
 
 
 class MinP(LogitsProcessor):
-    """The probabilities of at least min_p times the largest, renormalized."""
+    """The probabilities of at least min_p times the largest, renormalized; from 1 on the largest alone."""
 
     TYPES = {PROBS: PROBS}
     PARAMETER = "min_p"
 
     def apply(self, x: torch.Tensor, kind: TensorType, arguments: dict[str, Any]) -> torch.Tensor:
-        p = arguments["min_p"]
-        floor = (p[:, None] if isinstance(p, torch.Tensor) else p) * x.amax(-1, keepdim=True)
+        p = _column(arguments["min_p"], x)
+        floor = (p.clamp(max=1.0) if isinstance(p, torch.Tensor) else min(p, 1.0)) * x.amax(-1, keepdim=True)
         kept = torch.where(x >= floor, x, 0.0)
         return kept / kept.sum(-1, keepdim=True)
 
@@ -157,6 +161,21 @@ class Sample(LogitsProcessor):
 
 DRAW = ("indices", "generator", "seed", "offset")
 FUSED_ORDER = (Temperature, TopK, TopP, MinP)  # Softmax anywhere between them: a filter means the same before and after it
+
+
+def _column(value: float | torch.Tensor, x: torch.Tensor) -> float | torch.Tensor:
+    """A parameter of a step as a number or ``[rows, 1]``, with the checks of the sampling functions."""
+    rows, number = per_row(value, torch.float32, x.shape[0], x, None)
+    if rows is not None:
+        return rows[:, None]
+    assert number is not None
+    return number
+
+
+def _greedy(x: torch.Tensor) -> torch.Tensor:
+    """The first largest of every row, the others -inf."""
+    first = torch.arange(x.shape[1], device=x.device) == x.argmax(-1, keepdim=True)
+    return torch.where(first, x, -torch.inf)
 
 
 class LogitsPipe:
@@ -181,9 +200,12 @@ class LogitsPipe:
         custom_fusion_rules: Sequence[Any] | None = None,
         custom_validity_checks: Sequence[Callable[[list[LogitsProcessor]], None]] | None = None,
     ) -> None:
-        if not processors:
-            raise LegalizationError("Pipeline cannot be empty")
+        if isinstance(processors, LogitsProcessor) or not processors:
+            raise LegalizationError("Pipeline cannot be empty" if not processors else "Pipeline must be a list of processors")
         self.processors = list(processors)
+        for i, processor in enumerate(self.processors):
+            if not isinstance(processor, LogitsProcessor):
+                raise LegalizationError(f"Processor {i} is {processor!r}, not a LogitsProcessor such as TopK()")
         self.fused = False
         try:
             self.initial_type = input_type or _only_input_type(self.processors[0])
@@ -217,6 +239,7 @@ class LogitsPipe:
         Raises:
             ValueError: a keyword that a step needs is missing.
         """
+        check_rows("LogitsPipe", str(self.initial_type).lower(), x)
         for i, processor in enumerate(self.processors):
             if processor.PARAMETER and arguments.get(processor.PARAMETER) is None:
                 raise ConfigError(f"Error executing operator {i} ({processor.name}): {processor.PARAMETER} is required")

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from ..checks import check_positive, describe, dtype_name
+from ..checks import check_positive, check_tensor
 from ..errors import ConfigError, PlanError, ShapeError, UnsupportedConfigError, fail
 from .merge import merge_into, merge_state, merge_state_in_place, merge_states
 from .options import Scale
 from .prefill import BatchPrefillWithPagedKVCacheWrapper
+from .wrapper import make_outputs
 
 
 def _level(arrays: Sequence[torch.Tensor | None] | None, level: int) -> torch.Tensor | None:
@@ -104,6 +105,8 @@ class MultiLevelCascadeAttentionWrapper:
         self, float_workspace_buffer: torch.Tensor, int_workspace_buffers: Sequence[torch.Tensor | None] | None = None
     ) -> None:
         """Use another workspace from the next run() on. There are no integer workspaces; they are only kept."""
+        if int_workspace_buffers is not None:
+            self._check_levels("reset_workspace_buffer()", "int_workspace_buffers", int_workspace_buffers)
         for level, wrapper in enumerate(self._batch_prefill_wrappers):
             wrapper.reset_workspace_buffer(float_workspace_buffer, _level(int_workspace_buffers, level))
 
@@ -154,6 +157,7 @@ class MultiLevelCascadeAttentionWrapper:
         }
         for name, arrays in levels.items():
             self._check_levels("plan()", name, arrays)
+        self._shape = None  # a plan that is refused halfway leaves none
         if self._num_levels > 1 and (pos_encoding_mode != "NONE" or window_left >= 0):
             fail(
                 UnsupportedConfigError,
@@ -181,7 +185,16 @@ class MultiLevelCascadeAttentionWrapper:
                 kv_data_type=kv_data_type,
                 validate=validate,
             )
-        planned = self._batch_prefill_wrappers[0]._plan_info
+        plans = [wrapper._plan_info for wrapper in self._batch_prefill_wrappers]
+        rows = [plan.total_q for plan in plans if plan is not None]
+        if None not in rows and len(set(rows)) > 1:
+            fail(
+                ShapeError,
+                "plan(): the levels do not cover the same rows of q",
+                got=f"qo_indptr_arr[i][-1] = {', '.join(map(str, rows))}",
+                expected="one number: every level covers every row",
+            )
+        planned = plans[0]
         assert planned is not None
         self._shape, self._o_dtype = (num_qo_heads, head_dim), planned.o_dtype
 
@@ -217,15 +230,12 @@ class MultiLevelCascadeAttentionWrapper:
         scales: dict[str, Any] = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
         if self._num_levels == 1:
             return self._batch_prefill_wrappers[0].run(q, paged_kv_cache, out=out, return_lse=return_lse, **scales)
+        check_tensor("run()", "q", q, {"num_tokens": None, "num_qo_heads": self._shape[0], "head_dim": self._shape[1]})
+        out, _ = make_outputs("run()", q, (q.shape[0], *self._shape), self._o_dtype, out, None, want_lse=False)
         states = q.new_empty((self._num_levels, q.shape[0], *self._shape), dtype=self._o_dtype)
         lses = q.new_empty(states.shape[:-1], dtype=torch.float32)
         for wrapper, level_out, level_lse in zip(self._batch_prefill_wrappers, states, lses):
             wrapper.run(q, paged_kv_cache, out=level_out, lse=level_lse, return_lse=True, **scales)
-        if out is None:
-            out = torch.empty_like(states[0])
-        elif out.shape != states.shape[1:] or out.dtype != states.dtype:
-            wanted = f"out {list(states.shape[1:])} {dtype_name(states.dtype)}"
-            fail(ShapeError, "run(): out does not fit", got=describe("out", out), expected=wanted, fix="pass q's shape and dtype, or None")
         lse = torch.empty_like(lses[0]) if return_lse else None
         merge_into(states, lses, out, lse)
         return out if lse is None else (out, lse)
@@ -235,7 +245,7 @@ class MultiLevelCascadeAttentionWrapper:
     def end_forward(self) -> None:
         """Does nothing; FlashInfer once needed it."""
 
-    def _check_levels(self, call: str, name: str, arrays: Sequence[torch.Tensor]) -> None:
+    def _check_levels(self, call: str, name: str, arrays: Sequence[torch.Tensor | None]) -> None:
         if isinstance(arrays, torch.Tensor) or not isinstance(arrays, Sequence):
             fail(ConfigError, f"{call}: {name} must be a list with one tensor per level", got=type(arrays).__name__)
         if len(arrays) != self._num_levels:

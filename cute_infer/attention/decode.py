@@ -17,12 +17,13 @@ import torch
 from ..checks import Offsets, check_heads, check_positive, check_tensor, offsets_of, refuse
 from ..errors import ConfigError, ShapeError, fail
 from ..paged.cache import unpack_run_arguments
-from ..paged.tables import PageTable, get_seq_lens
+from ..paged.tables import PageTable
 from .lengths import UNKNOWN, KvLens
-from .metadata import host_view, look_at_table, page_table
-from .options import Options, Scale, scale_arguments
+from .metadata import csr_table, host_view, look_at_table, page_table
+from .options import Options, Scale, check_options, scale_arguments
+from .paged_wrapper import PagedWrapper
 from .single import attend
-from .wrapper import BatchAttentionWrapper, Planned, is_batch_invariant, refuse_peer_options
+from .wrapper import Planned, is_batch_invariant, refuse_peer_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,7 +108,7 @@ def single_decode_with_kv_cache(
     return out.squeeze(0) if lse is None else (out.squeeze(0), lse.squeeze(0))
 
 
-class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
+class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     """Decode attention of a batch of requests over a paged KV cache.
 
         wrapper = BatchDecodeWithPagedKVCacheWrapper(kv_layout="NHD")
@@ -134,10 +135,6 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         "_paged_kv_last_page_len_buf": "paged_kv_last_page_len_buffer",
     }
     _required_in_graph = ("_paged_kv_indptr_buf", "_paged_kv_indices_buf", "_paged_kv_last_page_len_buf")
-
-    _paged_kv_indptr_buf: torch.Tensor
-    _paged_kv_indices_buf: torch.Tensor
-    _paged_kv_last_page_len_buf: torch.Tensor
 
     def __init__(
         self,
@@ -185,7 +182,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
         logits_soft_cap: float | None = None,
-        q_data_type: torch.dtype | str = "float16",
+        q_data_type: torch.dtype | str | None = "float16",
         kv_data_type: torch.dtype | str | None = None,
         o_data_type: torch.dtype | str | None = None,
         data_type: torch.dtype | str | None = None,
@@ -212,7 +209,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
                 the device are kept, not copied (outside CUDA-graph mode), and read live by every run().
             block_tables, seq_lens: ``[batch_size, max_pages]`` page ids and ``[batch_size]`` lengths, used when the first three are None.
             q_data_type, kv_data_type, o_data_type: dtypes of q (default fp16), the cache (default q's) and the output (default q's);
-                ``data_type`` stands for the cache when kv_data_type is not given.
+                ``data_type`` stands for those of q and the cache that are None.
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta: as in single_decode_with_kv_cache.
             q_len_per_req: query tokens per request; their rows are consecutive in q and causal among themselves.
             head_dim_vo: V's head dimension, if it is not to be taken from V.
@@ -234,17 +231,20 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
             PageTableError: the page table contradicts itself. ShapeError, DTypeError, LayoutError: an argument does not fit.
         """
         refuse("plan()", "window_right=0 is what decode has", window_right=window_right or None)
-        check_positive("plan()", page_size=page_size)
+        check_positive("plan()", page_size=page_size, head_dim=head_dim)
+        options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        options = check_options("plan()", options, head_dim)
         table, max_pages = page_table("plan()", indptr, indices, last_page_len, block_tables, seq_lens, page_size)
         host = host_view([table.indptr, table.last_page_len], validate)
         indptr_host, last_host = host or (None, None)
         page_ids = offsets = None
         if indptr_host is not None and last_host is not None:
             offsets, page_ids = look_at_table(indptr_host, last_host, table.indices, page_size, max_pages, validate)
-        kv_lens = self._known_lengths(table, offsets, page_size, max_pages, window_left)
+        kv_lens = self._known_lengths(table, offsets, page_size, max_pages, options.window_left)
+        if q_data_type is None:
+            q_data_type = data_type or "float16"
         if kv_data_type is None:
             kv_data_type = data_type
-        options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         planned, options = self._describe(
             table.last_page_len.shape[0],
             (num_qo_heads, num_kv_heads),
@@ -275,6 +275,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         kv_lens: KvLens = UNKNOWN,
     ) -> tuple[Planned, Options]:
         check_positive("plan()", head_dim=head_dims[0], q_len_per_req=q_len_per_req)
+        if head_dims[1] is not None:
+            check_positive("plan()", head_dim_vo=head_dims[1])
         check_heads("plan()", *heads)
         if self._use_cuda_graph:
             if batch_size != self._fixed_batch_size:
@@ -411,11 +413,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         if q_len_per_req is not None and q_len_per_req != self._q_len_per_req:
             self._planned()
             fail(ShapeError, f"run(): q_len_per_req={q_len_per_req} but plan() was called with {self._q_len_per_req}", fix="plan() again")
-        options = self._get_options()
-        if window_left is not None:
-            options = options._replace(window_left=window_left)
         scales = scale_arguments("run()", args, q_scale, k_scale, v_scale)
-        return self._execute(q, k, v, options, *scales, out, lse, return_lse, sinks, lse_base)
+        return self._execute(q, k, v, self._get_options(window_left), *scales, out, lse, return_lse, sinks, lse_base)
 
     def run_return_lse(
         self, q: torch.Tensor, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], *args: torch.Tensor, **kwargs: Any
@@ -438,8 +437,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         rope_theta: float | None = None,
     ) -> torch.Tensor:
         """run() with the plan's options replaced by these (their defaults included), from this call on, as FlashInfer does."""
-        causal = self._causal
-        self._set_options(Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta))
+        self._override(self._causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
 
     def forward_return_lse(
@@ -457,8 +455,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         rope_theta: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`forward`, with the log-sum-exp (base 2)."""
-        causal = self._causal
-        self._set_options(Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta))
+        self._override(self._causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         return self.run_return_lse(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
 
     def workspace_size(
@@ -487,25 +484,17 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttentionWrapper):
         q_len_per_req: int = 1,
     ) -> tuple[int, int]:
         """``(float bytes, int bytes)`` of workspace a batch of this size needs, whatever its lengths. Arguments as in :meth:`plan`."""
+        call = "workspace_size()"
+        check_positive(call, page_size=page_size, head_dim=head_dim)
         dtypes = (q_data_type, kv_data_type if kv_data_type is not None else data_type, o_data_type)
         options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        options = check_options(call, options, head_dim)
         heads, dims = (num_qo_heads, num_kv_heads), (head_dim, None)
         invariant = is_batch_invariant(fixed_split_size, disable_split_kv)
-        batch_size = len(last_page_len)
+        table, _ = page_table(call, indptr, indices, last_page_len, block_tables, seq_lens, page_size)
+        batch_size = table.last_page_len.shape[0]
         described = self._describe(batch_size, heads, dims, page_size, dtypes, q_len_per_req, options, batch_invariant=invariant)
         return self._workspace_bytes(*described)
-
-    def _kv_lens(self) -> torch.Tensor:
-        plan = self._planned()
-        indptr, last = self._paged_kv_indptr_buf[: plan.batch_size + 1].cpu(), self._paged_kv_last_page_len_buf[: plan.batch_size].cpu()
-        return get_seq_lens(indptr, last, plan.page_size)
-
-    def _kv_metadata(self) -> dict[str, torch.Tensor]:
-        return {
-            "kv_indptr": self._paged_kv_indptr_buf,
-            "kv_indices": self._paged_kv_indices_buf,
-            "kv_last_page_len": self._paged_kv_last_page_len_buf,
-        }
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
@@ -558,22 +547,26 @@ def fast_decode_plan(
     q_len_per_req: int = 1,
     global_override_indptr_cpu: torch.Tensor | None = None,
 ) -> None:
-    """plan() for engines that keep the metadata buffers up to date themselves: nothing is copied, checked or waited for.
+    """plan() for engines that keep the metadata buffers up to date themselves: no value is copied, checked or waited for.
 
     In CUDA-graph mode the buffers are taken as they are; otherwise the three arrays replace the wrapper's. Arguments as in
     :meth:`BatchDecodeWithPagedKVCacheWrapper.plan`; ``global_override_indptr_cpu``, a copy of indptr on the CPU, is not needed, but tells
     which tile is best for these lengths.
     """
+    call = "fast_decode_plan()"
+    check_positive(call, page_size=page_size, head_dim=head_dim)
     q_dtype = q_data_type or data_type or "float16"
     options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+    options = check_options(call, options, head_dim)
     heads, dims, dtypes = (num_qo_heads, num_kv_heads), (head_dim, None), (q_dtype, kv_data_type or data_type, None)
     invariant = is_batch_invariant(fixed_split_size, disable_split_kv)
-    table = PageTable(indptr, indices, last_page_len)
+    table = csr_table(call, indptr, indices, last_page_len)
+    indptr = table.indptr
     host = global_override_indptr_cpu if global_override_indptr_cpu is not None else indptr if indptr.device.type == "cpu" else None
     pages = offsets_of(host) if host is not None and not self.is_cuda_graph_enabled else None
-    kv_lens = self._known_lengths(table, pages, page_size, None, window_left)
+    kv_lens = self._known_lengths(table, pages, page_size, None, options.window_left)
     planned, options = self._describe(
-        len(last_page_len), heads, dims, page_size, dtypes, q_len_per_req, options, batch_invariant=invariant, kv_lens=kv_lens
+        table.last_page_len.shape[0], heads, dims, page_size, dtypes, q_len_per_req, options, batch_invariant=invariant, kv_lens=kv_lens
     )
     self._publish(planned, options, table, q_len_per_req, in_place=True)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import ConfigError, fail
 from ..jit import Target
 from . import tiles_decode_sm80, tiles_decode_sm90
 from .lengths import UNKNOWN, KvLens
@@ -179,6 +180,8 @@ def chip_named(arch: str) -> Chip:
     """A GPU that need not be there: ``"sm_90a"`` with the SM count of an H200, ``"sm_80"`` of an A100."""
     from ..zoo import NUM_SMS, NUM_SMS_OTHERS  # the zoo is built from the whole package
 
+    if not isinstance(arch, str):
+        fail(ConfigError, "explain(): target must be the name of an architecture", got=repr(arch), expected='"sm_90a", "sm_80", ...')
     target = Target.parse(arch)
     return Chip(target, NUM_SMS.get(target.arch, NUM_SMS_OTHERS), BANDWIDTH.get(target.arch, BANDWIDTH_OTHERS))
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import check_choice, check_tensor
-from ..errors import ShapeError, fail
+from ..checks import check_choice, check_indptr, check_tensor, describe, dtype_name
+from ..errors import DTypeError, PageTableError, ShapeError, fail
 
 _BIT_ORDERS = ("big", "little")
 
@@ -34,17 +34,21 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
     """Pack each segment ``x[indptr[i]:indptr[i+1]]`` on its own, so that every segment starts on a byte.
 
     Args:
-        x: ``[indptr[-1]]``, as in :func:`packbits`. indptr: ``[num_segments + 1]`` integer offsets.
+        x: ``[indptr[-1]]``, as in :func:`packbits`. indptr: ``[num_segments + 1]`` int32 | int64 offsets.
 
     Returns:
-        ``(y, new_indptr)``: ``y`` uint8 ``[new_indptr[-1]]`` and the byte offsets int32 ``[num_segments + 1]``. The exact length of
-        ``y`` is read from the device once; :func:`pack_segments` avoids that.
+        ``(y, new_indptr)``: ``y`` uint8 ``[new_indptr[-1]]`` and the byte offsets int32 ``[num_segments + 1]``. The offsets
+        are read from the device once, to check them and for the exact length of ``y``; :func:`pack_segments` avoids that.
     """
     check_choice("segment_packbits()", "bitorder", bitorder, _BIT_ORDERS)
     check_tensor("segment_packbits()", "x", x, {"n": None})
-    check_tensor("segment_packbits()", "indptr", indptr, {"num_segments + 1": None})
+    check_tensor("segment_packbits()", "indptr", indptr, {"num_segments + 1": None}, dtypes=(torch.int32, torch.int64))
+    host = indptr.cpu()
+    last = check_indptr("segment_packbits()", "indptr", host).last
+    if last > x.shape[0]:
+        fail(PageTableError, f"segment_packbits(): indptr ends at {last} but x has {x.shape[0]} elements", expected="indptr[-1] <= len(x)")
     packed, new_indptr = pack_segments(x, indptr.to(x.device), bitorder)
-    return packed[: int(new_indptr[-1])], new_indptr
+    return packed[: int(byte_indptr(host)[-1]) if host.shape[0] else 0], new_indptr
 
 
 def pack_segments(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "little") -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +89,16 @@ def pack_mask(
     """
     if packed is not None:
         check_tensor(call, "packed_custom_mask", packed, {"num_bytes": None}, dtypes=(torch.uint8,))
-        return packed.contiguous(), byte_indptr(bit_indptr.to(packed.device)).to(torch.int32)
+        offsets = byte_indptr(bit_indptr)
+        if num_bits is not None and packed.shape[0] < int(offsets[-1]):
+            fail(
+                ShapeError,
+                f"{call}: packed_custom_mask has {packed.shape[0]} bytes, the batch needs {int(offsets[-1])}",
+                expected="sum of ceil(qo_len[i] * kv_len[i] / 8) bytes: every request starts on a byte of its own",
+                fix='pack with segment_packbits(mask, indptr, bitorder="little")',
+            )
+        return packed.contiguous(), offsets.to(device=packed.device, dtype=torch.int32)
+    check_mask(call, custom_mask)
     assert custom_mask is not None
     flat = custom_mask.reshape(-1)
     if num_bits is not None and len(flat) != num_bits:
@@ -96,6 +109,19 @@ def pack_mask(
             fix="flatten each request's [qo_len, kv_len] mask and concatenate them in request order",
         )
     return pack_segments(flat, bit_indptr.to(flat.device))
+
+
+def check_mask(call: str, mask: torch.Tensor | None, device: torch.device | None = None) -> None:
+    """A mask that says yes or no. An additive one (0 and -inf) would come out inverted."""
+    check_tensor(call, "custom_mask", mask, device=device)
+    if isinstance(mask, torch.Tensor) and (mask.is_floating_point() or mask.is_complex()):
+        fail(
+            DTypeError,
+            f"{call}: custom_mask has dtype {dtype_name(mask.dtype)}",
+            got=describe("custom_mask", mask),
+            expected="bool, True = keep",
+            fix="pass mask == 0 of an additive mask, mask.bool() of one with 1 = keep",
+        )
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..alignment import aligned
-from ..checks import check_tensor, describe, dtype_name
+from ..checks import check_tensor, check_written, describe, dtype_name
 from ..errors import ShapeError, fail
 from ..jit import Target, get_kernel
 from .tiles_merge import PATH, VECTOR, MergeSpec, MergeTile, choose
@@ -29,6 +29,7 @@ V_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------ the mathematics
+@torch.no_grad()
 def merge_reference(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge along the first axis in fp32.
 
@@ -89,6 +90,8 @@ def merge_state_in_place(
     _check_pair(call, ("v", v), ("s", s), ("v_other", v_other), ("s_other", s_other))
     if mask is not None:
         check_tensor(call, "mask", mask, {"seq_len": v.shape[0]}, dtypes=(torch.bool, torch.uint8), device=v.device)
+    check_written(call, "v", v)
+    check_written(call, "s", s)
     torch.ops.cute_infer.merge_state_(v, s, v_other, s_other, mask)
 
 
@@ -164,7 +167,7 @@ def _check_pair(call: str, *named: tuple[str, Any]) -> None:
     (v_name, v), (s_name, s), (v_other_name, v_other), (s_other_name, s_other) = named
     check_tensor(call, v_name, v, {"seq_len": None, "num_heads": None, "head_dim": None}, dtypes=V_DTYPES)
     rows, heads, head_dim = v.shape
-    same = f"but {v_name} is {list(v.shape)}"
+    same = f"as {v_name} {list(v.shape)} has"
     fp32 = (torch.float32,)
     check_tensor(call, s_name, s, {"seq_len": rows, "num_heads": heads}, dtypes=fp32, device=v.device, because=same, fix=_float_fix(s))
     shape = {"seq_len": rows, "num_heads": heads, "head_dim": head_dim}
@@ -259,6 +262,7 @@ def _merge_in_place_cuda(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor
     _launch(v[None], s[None], v_other[None], s_other[None], mask, v, s)
 
 
+@torch.no_grad()
 def _merge_in_place_cpu(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: torch.Tensor | None) -> None:
     out, lse = _merge_state_cpu(v, s, v_other, s_other)
     if mask is not None:

@@ -11,10 +11,11 @@ import torch
 
 from ..checks import Offsets, check_page_table, check_tensor
 from ..config import get_config
-from ..errors import ConfigError, fail
-from ..paged.tables import PageTable, from_page_table
+from ..errors import ConfigError, PageTableError, fail
+from ..paged.tables import PageTable, csr_of
 
 _INTS = (torch.int32, torch.int64)
+_INT32 = torch.iinfo(torch.int32)
 
 
 def index_array(call: str, name: str, array: torch.Tensor, length: int | None = None, meaning: str = "length") -> torch.Tensor:
@@ -23,7 +24,19 @@ def index_array(call: str, name: str, array: torch.Tensor, length: int | None = 
         if length is None or array.shape[0] == length:  # the usual case, without the cost of describing what could be wrong
             return array
     check_tensor(call, name, array, {meaning: length}, dtypes=_INTS)
+    if array.dtype is torch.int64 and array.device.type == "cpu" and array.numel():
+        smallest, largest = (int(x) for x in array.aminmax())
+        if smallest < _INT32.min or largest > _INT32.max:
+            bad = smallest if smallest < _INT32.min else largest
+            fail(PageTableError, f"{call}: {name} holds {bad}", expected="numbers that fit int32, which kernels count in")
     return array.to(torch.int32).contiguous()
+
+
+def csr_table(call: str, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor) -> PageTable:
+    """A page table of 1-D int32 arrays whose lengths fit each other."""
+    pages = index_array(call, "last_page_len", last_page_len, meaning="batch_size")
+    offsets = index_array(call, "indptr", indptr, pages.shape[0] + 1, "batch_size + 1")
+    return PageTable(offsets, index_array(call, "indices", indices), pages)
 
 
 def page_table(
@@ -40,9 +53,7 @@ def page_table(
     The second result is the number of pages a request can have: the width of ``block_tables``, None for CSR.
     """
     if indptr is not None and indices is not None and last_page_len is not None:
-        pages = index_array(call, "last_page_len", last_page_len, meaning="batch_size")
-        offsets = index_array(call, "indptr", indptr, pages.shape[0] + 1, "batch_size + 1")
-        return PageTable(offsets, index_array(call, "indices", indices), pages), None
+        return csr_table(call, indptr, indices, last_page_len), None
     if block_tables is None or seq_lens is None:
         fail(
             ConfigError,
@@ -50,7 +61,9 @@ def page_table(
             expected="indptr, indices and last_page_len (CSR), or block_tables [batch_size, max_pages] and seq_lens [batch_size]",
             fix="pass one of the two forms",
         )
-    return from_page_table(block_tables, page_size=page_size, seq_lens=seq_lens.reshape(-1)), block_tables.shape[1]
+    if isinstance(seq_lens, torch.Tensor):
+        seq_lens = seq_lens.reshape(-1)  # some engines keep [batch_size, 1]
+    return csr_of(call, "block_tables", block_tables, page_size, seq_lens), block_tables.shape[1]
 
 
 def check_table_on_host(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
 
-from ..checks import check_choice, describe, dtype_name
+from ..checks import POS_ENCODING_MODES, check_choice, describe, dtype_name, same_device
 from ..config import get_config
-from ..errors import ConfigError, DTypeError, ShapeError, UnsupportedConfigError, fail
+from ..errors import ConfigError, DeviceError, DTypeError, ShapeError, UnsupportedConfigError, fail
 from .spec import AttentionSpec
 
 Scale: TypeAlias = "float | torch.Tensor | None"
@@ -20,6 +22,8 @@ Scale: TypeAlias = "float | torch.Tensor | None"
 BACKENDS = ("auto", "reference", "fa2", "fa3", "cudnn", "trtllm-gen", "cute-dsl", "xqa")
 
 LSE_SCALE = {"log2": 1.0, "ln": math.log(2.0)}
+
+_FAR = 1 << 30  # a window this long hides no key; kernels count positions in int32
 
 
 class RunOptions(TypedDict, total=False):
@@ -110,6 +114,71 @@ class Options(NamedTuple):
     rope_scale: float | None = None
     rope_theta: float | None = None
     fp8_fast_accumulation: bool = False
+
+
+_ALL_DEFAULT = Options()[1:7]
+
+
+def check_options(call: str, options: Options, head_dim_qk: int) -> Options:
+    """``options`` as kernels take them: known names, finite numbers; a soft cap of 0 or less is none, as in FlashInfer.
+
+    Raises:
+        LayoutError: an unknown position encoding. ConfigError: something that is not a number, or not one the formulas allow.
+        ShapeError: RoPE on an odd head dimension.
+    """
+    if options[1:7] == _ALL_DEFAULT:
+        return options
+    if torch.compiler.is_compiling():
+        return _check_options(call, options, head_dim_qk)
+    try:
+        return _remembered_options(call, options, head_dim_qk)  # every layer and every step say the same
+    except TypeError:  # something in it has no hash
+        return _check_options(call, options, head_dim_qk)
+
+
+def _check_options(call: str, options: Options, head_dim_qk: int) -> Options:
+    check_choice(call, "pos_encoding_mode", options.pos_encoding_mode, POS_ENCODING_MODES)
+    if options.pos_encoding_mode == "ROPE_LLAMA" and head_dim_qk % 2:
+        fail(ShapeError, f"{call}: RoPE turns pairs of dimensions, head_dim={head_dim_qk} is odd", fix="pad head_dim, or apply RoPE before")
+    soft_cap = _number(call, "logits_soft_cap", options.logits_soft_cap)
+    return options._replace(
+        window_left=check_window(call, options.window_left),
+        logits_soft_cap=soft_cap if soft_cap is not None and soft_cap > 0.0 else None,
+        sm_scale=_number(call, "sm_scale", options.sm_scale),
+        rope_scale=_positive(call, "rope_scale", options.rope_scale),
+        rope_theta=_positive(call, "rope_theta", options.rope_theta),
+    )
+
+
+_remembered_options = functools.lru_cache(maxsize=256)(_check_options)
+
+
+def check_window(call: str, window_left: int) -> int:
+    """A window as an int; one that hides no key of any request is none (-1)."""
+    try:
+        window = operator.index(window_left)
+    except TypeError:
+        what = f"{call}: window_left must be an int"
+        fail(ConfigError, what, got=repr(window_left), expected="the number of keys to see before the query's own, or -1 for all")
+    return window if window < _FAR else -1
+
+
+def _number(call: str, name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, Real):
+        got = describe(name, value)
+        fail(ConfigError, f"{call}: {name} must be a number", got=got, expected="a float, or None for the default", fix=f"float({name})")
+    if not math.isfinite(value):
+        fail(ConfigError, f"{call}: {name} is {value}", expected="a finite number, or None for the default")
+    return float(value)
+
+
+def _positive(call: str, name: str, value: float | None) -> float | None:
+    number = _number(call, name, value)
+    if number is not None and number <= 0.0:
+        fail(ConfigError, f"{call}: {name} is {number}", expected="a positive number, or None for the default")
+    return number
 
 
 class Scales(NamedTuple):
@@ -237,6 +306,9 @@ def resolve_scales(
             continue
         if isinstance(scale, torch.Tensor):
             per_head[name] = _per_head(call, name, scale, num_kv_heads, num_qo_heads, device, eight_bit_q and name == "q_scale")
+        elif not isinstance(scale, Real):
+            expected = f"a float, or a tensor with 1 or num_kv_heads={num_kv_heads} elements"
+            fail(DTypeError, f"{call}: {name} is neither a number nor a tensor", got=describe(name, scale), expected=expected)
         elif name == "v_scale":
             out_scale *= scale
         else:
@@ -262,7 +334,10 @@ def _per_query_head(q: torch.Tensor | None, k: torch.Tensor | None, num_kv_heads
 def _per_head(
     call: str, name: str, scale: torch.Tensor, num_kv_heads: int, num_qo_heads: int, device: torch.device, query_heads: bool
 ) -> torch.Tensor:
-    """``[num_kv_heads]``, or as given where ``query_heads`` allows ``[num_qo_heads]``."""
+    """``[num_kv_heads]``, or as given where ``query_heads`` allows ``[num_qo_heads]``. A tensor on the CPU is moved."""
+    if scale.device.type != "cpu" and not same_device(scale.device, device):
+        what = f"{call}: {name} is on {scale.device} but the call runs on {device}"
+        fail(DeviceError, what, got=describe(name, scale), fix=f"move it: {name}.to({str(device)!r})")
     flat = scale.reshape(-1).to(device=device, dtype=torch.float32)
     if len(flat) == num_kv_heads or (query_heads and len(flat) == num_qo_heads):
         return flat

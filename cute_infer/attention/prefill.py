@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from ..checks import check_indptr, check_positive, check_tensor
+from ..checks import check_indptr, check_positive, check_tensor, offsets_of
 from ..errors import ConfigError, fail
 from ..paged.cache import unpack_run_arguments
 from ..paged.tables import get_seq_lens
-from .mask_bits import packbits
+from .mask_bits import check_mask, packbits
 from .metadata import check_table_on_host, host_view, index_array, page_table
-from .options import Options, Scale, scale_arguments
+from .options import Options, Scale, check_options, parse_dtype, scale_arguments
+from .paged_wrapper import PagedWrapper
 from .prefill_base import BatchPrefillBase, mask_arrays
 from .ragged import BatchPrefillWithRaggedKVCacheWrapper
 from .single import attend
@@ -99,6 +100,7 @@ def single_prefill_with_kv_cache(
     call = "single_prefill_with_kv_cache()"
     refuse_peer_options(call, kv_cache_sf=kv_cache_sf)
     check_tensor(call, "q", q, {"qo_len": None, "num_qo_heads": None, "head_dim": None})
+    o_dtype = None if o_dtype is None else parse_dtype(call, "o_dtype", o_dtype)
     mask, mask_indptr = _single_mask(call, q, k, kv_layout, custom_mask, packed_custom_mask)
     options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, fp8_fast_accumulation)
     out, lse = attend(
@@ -138,10 +140,12 @@ def _single_mask(
     """Packed bytes and their offsets ``[0, num_bytes]``, made on the device."""
     if custom is None and packed is None:
         return None, None
+    check_tensor(call, "k", k, {"kv_len": None, "num_kv_heads": None, "head_dim": None})
     qo_len, kv_len = q.shape[0], k.shape[1 if kv_layout == "HND" else 0]
     if packed is None:
+        check_mask(call, custom, q.device)
         assert custom is not None
-        if custom.numel() != qo_len * kv_len:
+        if custom.dim() != 1 or custom.shape[0] != qo_len * kv_len:
             check_tensor(call, "custom_mask", custom, {"qo_len": qo_len, "kv_len": kv_len})
         packed = packbits(custom.reshape(-1), bitorder="little")
     num_bytes = (qo_len * kv_len + 7) // 8
@@ -149,7 +153,7 @@ def _single_mask(
     return packed.contiguous(), torch.arange(2, dtype=torch.int32, device=q.device) * num_bytes
 
 
-class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
+class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper, BatchPrefillBase):
     """Attention of a ragged batch of query tokens over a paged KV cache.
 
         wrapper = BatchPrefillWithPagedKVCacheWrapper()
@@ -175,10 +179,6 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
         "_mask_indptr_buf": "mask_indptr_buf",
     }
     _required_in_graph = ("_qo_indptr_buf", "_paged_kv_indptr_buf", "_paged_kv_indices_buf", "_paged_kv_last_page_len_buf")
-
-    _paged_kv_indptr_buf: torch.Tensor
-    _paged_kv_indices_buf: torch.Tensor
-    _paged_kv_last_page_len_buf: torch.Tensor
 
     def __init__(
         self,
@@ -269,7 +269,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
         refuse_multi_item_scoring(
             prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, max_item_len_ptr=max_item_len_ptr
         )
-        check_positive("plan()", page_size=page_size)
+        check_positive("plan()", page_size=page_size, head_dim_qk=head_dim_qk)
+        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, fp8_fast_accumulation)
+        options = check_options("plan()", options, head_dim_qk)
         table, max_pages = page_table(
             "plan()", paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, block_tables, seq_lens, page_size
         )
@@ -304,7 +306,6 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
             known = host or [qo_indptr, table.indptr, table.last_page_len]
             kv_len = get_seq_lens(known[1], known[2].to(known[1].device), page_size)
             arrays |= mask_arrays(known[0], kv_len, custom_mask, packed_custom_mask, host is not None)
-        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, fp8_fast_accumulation)
         self._finish_plan(planned, options, arrays)
 
     begin_forward = plan
@@ -379,9 +380,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
             uses_spcompress=uses_spcompress,
         )
         k, v, args = unpack_run_arguments("run()", paged_kv_cache, args, self._kv_layout)
-        options = self._get_options()
-        if window_left is not None:
-            options = options._replace(window_left=window_left)
+        options = self._get_options(window_left)
         scales = scale_arguments("run()", args, q_scale, k_scale, v_scale)
         return self._execute(q, k, v, options, *scales, out, lse, return_lse, sinks, lse_base)
 
@@ -466,31 +465,22 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefillBase):
         disable_split_kv: bool = False,
     ) -> tuple[int, int]:
         """``(float bytes, int bytes)`` of workspace a batch of this many query rows needs. Arguments as in :meth:`plan`."""
+        check_positive("workspace_size()", page_size=page_size, head_dim_qk=head_dim_qk)
+        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        options = check_options("workspace_size()", options, head_dim_qk)
+        qo_indptr = index_array("workspace_size()", "qo_indptr", qo_indptr, meaning="batch_size + 1")
         planned = self._describe(
             "paged",
-            len(qo_indptr) - 1,
+            max(qo_indptr.shape[0] - 1, 0),
             (num_qo_heads, num_kv_heads),
             (head_dim_qk, head_dim_vo),
             page_size,
             (q_data_type, kv_data_type, o_data_type),
             custom_mask is not None or packed_custom_mask is not None,
-            int(qo_indptr[-1]),
+            offsets_of(qo_indptr.cpu()).last,
             batch_invariant=is_batch_invariant(fixed_split_size, disable_split_kv),
         )
-        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         return self._workspace_bytes(planned, options)
-
-    def _kv_lens(self) -> torch.Tensor:
-        plan = self._planned()
-        indptr, last = self._paged_kv_indptr_buf[: plan.batch_size + 1].cpu(), self._paged_kv_last_page_len_buf[: plan.batch_size].cpu()
-        return get_seq_lens(indptr, last, plan.page_size)
-
-    def _kv_metadata(self) -> dict[str, torch.Tensor]:
-        return {
-            "kv_indptr": self._paged_kv_indptr_buf,
-            "kv_indices": self._paged_kv_indices_buf,
-            "kv_last_page_len": self._paged_kv_last_page_len_buf,
-        }
 
 
 BatchPrefillWrapper = BatchPrefillWithPagedKVCacheWrapper

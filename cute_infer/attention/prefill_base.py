@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 
-from ..checks import check_heads, check_positive
+from ..checks import check_heads, check_positive, check_tensor
 from ..errors import ShapeError, fail
 from .mask_bits import mask_bit_indptr, pack_mask
-from .options import Options
 from .wrapper import BatchAttentionWrapper, Planned
+
+# CUDA-graph buffers whose length follows from the batch size -> how many entries more they have
+_PER_REQUEST = {"_paged_kv_indptr_buf": 1, "_kv_indptr_buf": 1, "_mask_indptr_buf": 1, "_paged_kv_last_page_len_buf": 0}
 
 
 class BatchPrefillBase(BatchAttentionWrapper):
-    """Graph limits, the plan's facts and forward()'s overrides."""
+    """Graph limits and the plan's facts."""
 
     def __init__(
         self,
@@ -28,7 +30,14 @@ class BatchPrefillBase(BatchAttentionWrapper):
         jit_kwargs: Any,
     ) -> None:
         super().__init__(workspace, workspace_alias, kv_layout, use_cuda_graph, backend, buffers, jit_args, jit_kwargs)
-        self._fixed_batch_size = len(self._qo_indptr_buf) - 1 if use_cuda_graph and self._qo_indptr_buf is not None else 0
+        self._fixed_batch_size = 0
+        if use_cuda_graph and self._qo_indptr_buf is not None:
+            self._fixed_batch_size = max(len(self._qo_indptr_buf) - 1, 0)
+            for name, buffer in buffers.items():
+                if buffer is not None and name in _PER_REQUEST:
+                    extra = _PER_REQUEST[name]
+                    shape = {f"batch_size{extra:+d}" if extra else "batch_size": self._fixed_batch_size + extra}
+                    check_tensor(type(self).__name__, self._buffers[name], buffer, shape, because="as qo_indptr_buf says")
         self._max_total_num_rows: int | None = None
         self._graph_mask = use_cuda_graph and self._custom_mask_buf is not None and self._mask_indptr_buf is not None
 
@@ -46,7 +55,7 @@ class BatchPrefillBase(BatchAttentionWrapper):
         page_ids: tuple[int, int] | None = None,
         batch_invariant: bool = False,
     ) -> Planned:
-        head_dim_qk, head_dim_vo = head_dims[0], head_dims[1] or head_dims[0]
+        head_dim_qk, head_dim_vo = head_dims[0], head_dims[1] if head_dims[1] is not None else head_dims[0]
         check_positive("plan()", head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo)
         check_heads("plan()", *heads)
         q_dtype, kv_dtype, o_dtype = self._dtypes(*dtypes)
@@ -88,11 +97,6 @@ class BatchPrefillBase(BatchAttentionWrapper):
                     fix="make the first plan() of a CUDA-graph wrapper with the largest batch",
                 )
             self._max_total_num_rows = self._max_total_num_rows or total_q
-
-    def _override(self, causal: bool, pos_encoding_mode: str, window_left: int, *rest: float | None) -> None:
-        """forward()'s arguments replace the plan's options from this call on, as in FlashInfer."""
-        options = Options(causal, pos_encoding_mode, window_left, *rest)  # type: ignore[arg-type]
-        self._set_options(options._replace(fp8_fast_accumulation=self._fp8_fast_accumulation))
 
 
 def mask_arrays(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from ..checks import check_indptr, check_tensor, refuse
+from ..checks import check_indptr, check_positive, check_tensor, refuse
 from .metadata import host_view, index_array
-from .options import Options, Scale, scale_arguments
+from .options import Options, Scale, check_options, scale_arguments
 from .prefill_base import BatchPrefillBase, mask_arrays
 from .wrapper import is_batch_invariant, refuse_multi_item_scoring, refuse_peer_options
 
@@ -105,8 +105,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
             prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, max_item_len_ptr=max_item_len_ptr
         )
         refuse("plan()", "lay v out as k and out as q", v_indptr=v_indptr, o_indptr=o_indptr)
+        check_positive("plan()", head_dim_qk=head_dim_qk)
+        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, fp8_fast_accumulation)
+        options = check_options("plan()", options, head_dim_qk)
         qo_indptr = index_array("plan()", "qo_indptr", qo_indptr, meaning="batch_size + 1")
-        batch_size = len(qo_indptr) - 1
+        batch_size = max(qo_indptr.shape[0] - 1, 0)
         kv_indptr = index_array("plan()", "kv_indptr", kv_indptr, batch_size + 1, "batch_size + 1")
         host = host_view([qo_indptr, kv_indptr], validate)
         if host is not None:
@@ -130,7 +133,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
         if custom_mask is not None or packed_custom_mask is not None:
             known = host or [qo_indptr, kv_indptr]
             arrays |= mask_arrays(known[0], known[1][1:] - known[1][:-1], custom_mask, packed_custom_mask, host is not None)
-        options = Options(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, fp8_fast_accumulation)
         self._finish_plan(planned, options, arrays)
 
     begin_forward = plan
@@ -192,14 +194,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillBase):
             result = self._repeat((k, v), q, q_scale, k_scale, v_scale, out, return_lse, sinks, lse_base)
             if result is not None:
                 return result
-        refuse_peer_options("run()", kv_cache_sf=kv_cache_sf, o_scale=None if o_scale == 1.0 else o_scale)
+        refuse_peer_options("run()", kv_cache_sf=kv_cache_sf, o_scale=None if isinstance(o_scale, float) and o_scale == 1.0 else o_scale)
         for name, x in (("k", k), ("v", v)):
             check_tensor("run()", name, x, {"num_tokens": None, "num_kv_heads": None, "head_dim": None})
         if self._kv_layout == "HND":
             k, v = k.transpose(0, 1), v.transpose(0, 1)
-        options = self._get_options()
-        if window_left is not None:
-            options = options._replace(window_left=window_left)
+        options = self._get_options(window_left)
         scales = scale_arguments("run()", args, q_scale, k_scale, v_scale)
         return self._execute(q, k.unsqueeze(0), v.unsqueeze(0), options, *scales, out, lse, return_lse, sinks, lse_base)
 

@@ -39,6 +39,7 @@ class _Request(NamedTuple):
     kv_len: int
 
 
+@torch.no_grad()
 def attention(
     spec: AttentionSpec,
     q: torch.Tensor,

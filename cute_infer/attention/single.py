@@ -6,15 +6,15 @@ import torch
 
 from ..checks import (
     KV_LAYOUTS,
-    POS_ENCODING_MODES,
     check_attention_dtypes,
     check_choice,
     check_heads,
     check_planned_dtype,
+    check_positive,
     check_tensor,
 )
 from .launch import run_attention
-from .options import Options, Scale, choose_backend, default_output, lse_scale, make_spec, resolve_scales
+from .options import Options, Scale, check_options, choose_backend, default_output, lse_scale, make_spec, resolve_scales
 from .wrapper import make_outputs
 
 
@@ -41,12 +41,14 @@ def attend(
     dimensions exchanged (HND). Returns ``(out [rows, num_qo_heads, head_dim_vo], lse [rows, num_qo_heads] or None)``."""
     backend = choose_backend(call, backend)
     check_choice(call, "kv_layout", kv_layout, KV_LAYOUTS)
-    check_choice(call, "pos_encoding_mode", options.pos_encoding_mode, POS_ENCODING_MODES)
     if torch.compiler.is_compiling() or not _fit(q, k, v):
         _check_shapes(call, q, k, v, kv_layout)
     if kv_layout == "HND":
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     rows, num_qo_heads, head_dim = q.shape
+    if head_dim == 0:
+        check_positive(call, head_dim=0)
+    options = check_options(call, options, head_dim)
     num_kv_heads = k.shape[1]
     group_size = check_heads(call, int(num_qo_heads), int(num_kv_heads))
     o_dtype = o_dtype or default_output(q.dtype)
@@ -117,6 +119,6 @@ def _check_shapes(call: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     check_tensor(call, "q", q, {"num_tokens": None, "num_qo_heads": None, "head_dim": None})
     first, second = ("kv_len", "num_kv_heads") if kv_layout == "NHD" else ("num_kv_heads", "kv_len")
     for name, x in (("k", k), ("v", v)):
-        check_tensor(call, name, x, {first: None, second: None, "head_dim": None}, device=q.device, because=f"kv_layout={kv_layout!r}")
+        check_tensor(call, name, x, {first: None, second: None, "head_dim": None}, device=q.device, because=f"with kv_layout={kv_layout!r}")
     check_tensor(call, "k", k, {first: None, second: None, "head_dim": q.shape[2]}, because="as q has")
     check_tensor(call, "v", v, {first: k.shape[0], second: k.shape[1], "head_dim": None}, because="as k has")

@@ -21,12 +21,12 @@ from torch.compiler import is_compiling
 
 from ..checks import (
     KV_LAYOUTS,
-    POS_ENCODING_MODES,
     check_attention_dtypes,
     check_choice,
     check_page_ids,
     check_planned_dtype,
     check_tensor,
+    check_written,
     describe,
     refuse,
     same_device,
@@ -36,7 +36,19 @@ from .explain import Batch, Chip, Explanation, Request, chip_named, chip_of, exp
 from .launch import Launch, run_attention
 from .lengths import UNKNOWN, KvLens
 from .metadata import to_device
-from .options import LSE_SCALE, Options, Scale, choose_backend, default_output, lse_scale, make_spec, parse_dtype, resolve_scales
+from .options import (
+    LSE_SCALE,
+    Options,
+    Scale,
+    check_options,
+    check_window,
+    choose_backend,
+    default_output,
+    lse_scale,
+    make_spec,
+    parse_dtype,
+    resolve_scales,
+)
 from .plan import Workspace, bind, workspace_bytes
 from .spec import AttentionSpec
 
@@ -123,7 +135,7 @@ class BatchAttentionWrapper:
         self._kv_layout = kv_layout
         self._backend = choose_backend(call, backend)
         self._use_cuda_graph = use_cuda_graph
-        self._float_workspace_buffer = workspace if workspace is not None else workspace_alias
+        self._float_workspace_buffer = _check_workspace(call, workspace if workspace is not None else workspace_alias)
         self._int_workspace_buffer: torch.Tensor | None = None
         self._pin_memory_int_workspace_buffer: torch.Tensor | None = None
         self._cached_module = _PlanModule()
@@ -137,8 +149,7 @@ class BatchAttentionWrapper:
             setattr(self, name, None)
         for name in self._buffers:
             setattr(self, name, buffers.get(name))
-        if use_cuda_graph:
-            self._check_graph_buffers(call, buffers)
+        self._check_buffers(call, buffers)
         owned = [t for t in (self._float_workspace_buffer, *buffers.values()) if t is not None]
         if owned:
             self._use_device(owned[0].device)
@@ -148,16 +159,25 @@ class BatchAttentionWrapper:
         if name in _READ_BY_RUN:
             object.__setattr__(self, "_launch", None)
 
-    def _check_graph_buffers(self, call: str, buffers: dict[str, torch.Tensor | None]) -> None:
+    def _check_buffers(self, call: str, buffers: dict[str, torch.Tensor | None]) -> None:
+        """Metadata buffers of the caller: needed, and written, in CUDA-graph mode only."""
         for name in self._required_in_graph:
-            buffer = buffers.get(name)
-            if buffer is None:
+            if self._use_cuda_graph and buffers.get(name) is None:
                 fail(
                     ConfigError,
                     f"{call}: use_cuda_graph=True needs {self._buffers[name]}",
                     fix="allocate the metadata buffers once; plan() copies into them and captured graphs read them live",
                 )
-            check_tensor(call, self._buffers[name], buffer, {"length": None}, dtypes=(torch.int32,))
+        given = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        for name, buffer in given.items():
+            label = self._buffers[name]
+            dtype = torch.uint8 if name == "_custom_mask_buf" else torch.int32
+            check_tensor(call, label, buffer, {"length": None}, dtypes=(dtype,))
+            check_tensor(call, label, buffer, device=next(iter(given.values())).device)
+            if not buffer.is_contiguous():
+                fail(ShapeError, f"{call}: {label} is not contiguous", got=f"stride {buffer.stride(0)}", fix=f"allocate {label} by itself")
+        if self._use_cuda_graph and ("_custom_mask_buf" in given) != ("_mask_indptr_buf" in given):
+            fail(ConfigError, f"{call}: custom_mask_buf and mask_indptr_buf belong together", fix="pass both, or neither")
 
     # ------------------------------------------------------------------------------------------------------------------- what users ask
     @property
@@ -201,7 +221,8 @@ class BatchAttentionWrapper:
 
     def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor | None) -> None:
         """Use another workspace from the next run() on. There is no integer workspace; the second tensor is only kept."""
-        self._float_workspace_buffer = float_workspace_buffer
+        check_tensor("reset_workspace_buffer()", "float_workspace_buffer", float_workspace_buffer)
+        self._float_workspace_buffer = _check_workspace("reset_workspace_buffer()", float_workspace_buffer)
         self._int_workspace_buffer = int_workspace_buffer
         self._device = self._workspace = self._accepted = self._launch = None
         self._use_device(float_workspace_buffer.device)
@@ -280,17 +301,24 @@ class BatchAttentionWrapper:
             _launch=None,
         )
 
-    def _get_options(self) -> Options:
+    def _get_options(self, window_left: int | None = None) -> Options:
+        """The plan's options; ``window_left`` is run()'s, which goes before the plan's."""
         return Options(
             self._causal,
             self._pos_encoding_mode,
-            self._window_left,
+            self._window_left if window_left is None else check_window("run()", window_left),
             self._logits_soft_cap,
             self._sm_scale,
             self._rope_scale,
             self._rope_theta,
             self._fp8_fast_accumulation,
         )
+
+    def _override(self, causal: bool, pos_encoding_mode: str, window_left: int, *rest: float | None) -> None:
+        """forward()'s arguments replace the plan's options from this call on, as in FlashInfer."""
+        options = Options(causal, pos_encoding_mode, window_left, *rest)  # type: ignore[arg-type]
+        options = check_options("forward()", options, self._planned("forward()").head_dim_qk)
+        self._set_options(options._replace(fp8_fast_accumulation=self._fp8_fast_accumulation))
 
     def _use_device(self, device: torch.device) -> Workspace:
         """Settle on ``device`` (a tensor's device) and make the workspace there."""
@@ -323,7 +351,6 @@ class BatchAttentionWrapper:
 
     def _finish_plan(self, planned: Planned, options: Options, arrays: dict[str, torch.Tensor], in_place: bool = False) -> None:
         """Publish what plan() found. ``in_place``: the caller keeps the buffers of a graph up to date itself."""
-        check_choice("plan()", "pos_encoding_mode", options.pos_encoding_mode, POS_ENCODING_MODES)
         if self._device is None:
             device = next((a.device for a in arrays.values() if a.device.type != "cpu"), None)
             if device is not None:
@@ -657,6 +684,15 @@ class BatchAttentionWrapper:
     _mask_indptr_buf: torch.Tensor | None
 
 
+def _check_workspace(call: str, workspace: torch.Tensor | None) -> torch.Tensor | None:
+    if workspace is not None:
+        check_tensor(call, "float_workspace_buffer", workspace, fix="pass a uint8 tensor or None, the other arguments by name")
+        if not workspace.is_contiguous():
+            what = f"{call}: float_workspace_buffer is not contiguous"
+            fail(ShapeError, what, got=f"strides {list(workspace.stride())}", fix="allocate it by itself")
+    return workspace
+
+
 def make_outputs(
     call: str,
     q: torch.Tensor,
@@ -671,9 +707,13 @@ def make_outputs(
     if out is None:
         out = torch.empty(shape, dtype=o_dtype, device=q.device)
     else:
-        check_tensor(call, "out", out, {"num_tokens": tokens, "num_qo_heads": heads, "head_dim": dim}, dtypes=(o_dtype,), device=q.device)
+        extents: dict[str, int | None] = {"num_tokens": tokens, "num_qo_heads": heads, "head_dim": dim}
+        fix = "allocate out as expected, or leave it out"
+        check_tensor(call, "out", out, extents, dtypes=(o_dtype,), device=q.device, fix=fix)
+        check_written(call, "out", out)
     if lse is not None:
         check_tensor(call, "lse", lse, {"num_tokens": tokens, "num_qo_heads": heads}, dtypes=(torch.float32,), device=q.device)
+        check_written(call, "lse", lse)
     elif want_lse:
         lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device)
     return out, lse
@@ -681,6 +721,8 @@ def make_outputs(
 
 def is_batch_invariant(fixed_split_size: int | None, disable_split_kv: bool) -> bool:
     """Whether plan()'s two split options ask for batch-invariant results; a ``fixed_split_size`` of -1 says no, as with FlashInfer."""
+    if fixed_split_size is not None and not isinstance(fixed_split_size, int):
+        fail(ConfigError, "plan(): fixed_split_size must be an int or None", got=repr(fixed_split_size))
     return disable_split_kv or (fixed_split_size is not None and fixed_split_size > 0)
 
 

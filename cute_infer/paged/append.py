@@ -129,6 +129,7 @@ def _append(
 ) -> None:
     """Check everything, then append: one launch where the destinations share their dtypes, else one each."""
     first = destinations[0]
+    check_tensor(call, first.rows_name, first.rows, {"nnz": None, "num_kv_heads": None, "head_dim": None})
     for d in destinations:
         _check_destination(call, d, first)
     nnz, device = first.rows.shape[0], first.cache.device
@@ -149,8 +150,10 @@ def _append(
 def _check_destination(call: str, d: _Destination, first: _Destination) -> None:
     pages = {"num_pages": first.cache.shape[0], "page_size": first.cache.shape[1], "num_kv_heads": None, "head_dim": None}
     check_tensor(call, d.cache_name, d.cache, pages, dtypes=_DTYPES, device=first.cache.device)
-    shape = {"nnz": first.rows.shape[0], "num_kv_heads": d.cache.shape[2], "head_dim": d.cache.shape[3]}
-    because = f"but {d.cache_name} has {d.cache.shape[2]} heads of {d.cache.shape[3]}"
+    shape = {"nnz": first.rows.shape[0], "num_kv_heads": None, "head_dim": None}
+    check_tensor(call, d.rows_name, d.rows, shape, because=f"as {first.rows_name} has")
+    shape |= {"num_kv_heads": d.cache.shape[2], "head_dim": d.cache.shape[3]}
+    because = f"as {d.cache_name} has"
     check_tensor(call, d.rows_name, d.rows, shape, dtypes=_DTYPES, device=first.cache.device, because=because)
     if d.rows.dtype in _FP8 and d.rows.dtype != d.cache.dtype:
         fail(

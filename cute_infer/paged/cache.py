@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..checks import describe
+from ..checks import check_tensor, describe
 from ..errors import DTypeError, ShapeError, fail
 
 _FIX = "pass (k_cache, v_cache), or one tensor [num_pages, 2, ...] with K at index 0 and V at index 1"
@@ -37,6 +37,7 @@ def split_kv_cache(call: str, paged_kv_cache: torch.Tensor | Sequence[torch.Tens
 
 
 def _pages(name: str, call: str, cache: torch.Tensor, kv_layout: str) -> torch.Tensor:
+    check_tensor(call, name, cache, fix=_FIX)
     if cache.dim() == 3:  # page_size 1: [pages, heads, dim] in both layouts
         return cache.unsqueeze(1)
     if cache.dim() != 4:
@@ -53,12 +54,12 @@ def _pages(name: str, call: str, cache: torch.Tensor, kv_layout: str) -> torch.T
 def unpack_run_arguments(
     call: str, paged_kv_cache: torch.Tensor | Sequence[torch.Tensor], args: tuple, kv_layout: str
 ) -> tuple[torch.Tensor, torch.Tensor, tuple]:
-    """``(k, v, remaining positional arguments)`` of run(): a 4-D cache followed by another of its dtype is K followed by V.
+    """``(k, v, remaining positional arguments)`` of run(): a 4-D tensor followed by another is K followed by V.
 
     That is ``run(q, k_pages, v_pages)``. Nothing else looks like it: a cache in one tensor is never followed by a tensor of its rank.
     """
     if args and isinstance(paged_kv_cache, torch.Tensor) and isinstance(args[0], torch.Tensor):
         v = args[0]
-        if paged_kv_cache.dim() in (3, 4) and v.dim() == paged_kv_cache.dim() and v.dtype == paged_kv_cache.dtype:
+        if paged_kv_cache.dim() in (3, 4) and v.dim() == paged_kv_cache.dim():
             paged_kv_cache, args = (paged_kv_cache, v), args[1:]
     return *split_kv_cache(call, paged_kv_cache, kv_layout), args

@@ -103,7 +103,7 @@ def test_out_and_old_names() -> None:
     wrapper.end_forward()
     wrapper.reset_workspace_buffer(torch.empty(64, dtype=torch.uint8), [None] * 3)
     assert torch.equal(wrapper.run(q, kv), out)
-    with pytest.raises(errors.ShapeError, match="out does not fit"):
+    with pytest.raises(errors.ShapeError, match="out has num_tokens=2"):
         wrapper.run(q, kv, out=out[:2])
 
 

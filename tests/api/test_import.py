@@ -44,6 +44,23 @@ def test_every_public_name_resolves(name):
     assert getattr(fi, name) is getattr(fi, name)
 
 
+# FlashInfer 0.6.18 has these in flashinfer.sampling and at top level.
+FLAT_SAMPLING = """
+chain_speculative_sampling min_p_sampling_from_probs sampling_from_logits sampling_from_probs softmax top_k top_k_mask_logits
+top_k_renorm_probs top_k_sampling_from_probs top_k_top_p_sampling_from_logits top_k_top_p_sampling_from_probs top_p_renorm_probs
+top_p_sampling_from_probs
+""".split()
+
+
+@pytest.mark.parametrize("name", FLAT_SAMPLING)
+def test_sampling_is_flat_too(name):
+    assert getattr(fi, name) is getattr(fi.sampling, name)
+
+
+def test_modules_are_attributes():
+    assert run("import cute_infer as fi; print(fi.logits_processor.LogitsPipe.__name__, 'llama3-8b' in fi.zoo.MODELS)") == "LogitsPipe True"
+
+
 def test_dir_lists_what_is_lazy():
     assert set(fi.__all__) <= set(dir(fi))
 
