@@ -1,16 +1,20 @@
-"""Threads of a cluster: where one stands, how all of them meet, and how a word reaches another CTA's shared memory.
+"""Threads of a cluster: where one stands, how they meet, and how a word reaches another CTA's shared memory.
 
-A load from a peer's shared memory takes about a microsecond under load, a store nothing: what a peer needs is pushed before the barrier and
-read at home after it. ``peer_load`` remains for the multi-level search, which few rows need.
+Meeting. A barrier of the cluster makes every thread wait until its own writes are visible to the whole GPU, which takes microseconds when
+memory is busy. So CTAs meet by mail: whoever needs a word gets it sent into its shared memory, an mbarrier there counts the bytes, and a
+thread that sees the mbarrier complete sees the words. Each CTA announces to each how much it sends; meetings use two mbarriers in turn, so
+a CTA that is one meeting ahead does not touch the one that another still waits for (two ahead is impossible: it needs that one's mail).
+
+``row_sync`` and ``peer_load`` remain for the multi-level search, which reads its peers' histograms.
 """
 
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32, const_expr
+from cutlass import Constexpr, Int32, Int64, Uint32, const_expr
 
-from .device import warp_inclusive_sum
+from .device import warp_sum64
 
 
 class Thread(NamedTuple):
@@ -24,7 +28,7 @@ class Thread(NamedTuple):
 
 
 @cute.jit
-def this_thread(warps: cutlass.Constexpr, cluster: cutlass.Constexpr) -> Thread:
+def this_thread(warps: Constexpr, cluster: Constexpr) -> Thread:
     """The calling thread, in a CTA of `warps` warps."""
     tid = cute.arch.thread_idx()[0]
     rank = Int32(0)
@@ -34,79 +38,175 @@ def this_thread(warps: cutlass.Constexpr, cluster: cutlass.Constexpr) -> Thread:
     return Thread(tid, tid & 31, warp, rank, rank * warps + warp)
 
 
+# ---- barriers -------------------------------------------------------------------------------------------------------------------------
+
+
 @cute.jit
-def row_sync(cluster: cutlass.Constexpr):
+def row_sync(cluster: Constexpr):
     """Every thread working on this row has arrived, and what it wrote to shared memory is visible to all of them."""
-    row_arrive(cluster)
-    row_wait(cluster)
-
-
-@cute.jit
-def row_arrive(cluster: cutlass.Constexpr):
-    """First half of :func:`row_sync`: what this thread has written so far will be visible."""
     if const_expr(cluster > 1):
         cute.arch.cluster_arrive()
-
-
-@cute.jit
-def row_wait(cluster: cutlass.Constexpr):
-    """Second half of :func:`row_sync`."""
-    if const_expr(cluster == 1):
-        cute.arch.sync_threads()
-    else:
         cute.arch.cluster_wait()
+    else:
+        cute.arch.sync_threads()
 
 
 @cute.jit
-def push(tensor: cute.Tensor, index: Int32, value: Uint32, rank: Int32, cluster: cutlass.Constexpr):
-    """tensor[index] = value (a 32-bit word) in the shared memory of CTA `rank`; plain shared memory when the cluster is one CTA."""
+def leave_row(cluster: Constexpr):
+    """This thread has read all that it wants of what others sent it for the previous row."""
+    if const_expr(cluster > 1):
+        cute.arch.cluster_arrive_relaxed()
+
+
+@cute.jit
+def enter_row(cluster: Constexpr):
+    """Every thread has left the previous row (and started, before the first): what it was sent may be overwritten."""
+    if const_expr(cluster > 1):
+        cute.arch.cluster_wait()
+    else:
+        cute.arch.sync_threads()
+
+
+# ---- mail -----------------------------------------------------------------------------------------------------------------------------
+
+
+class Mail(NamedTuple):
+    """The next meeting. boxes: two mbarriers, one arrival per CTA. met: how many meetings there were."""
+
+    boxes: cute.Tensor
+    met: Int32
+
+
+@cute.jit
+def box(mail: Mail) -> Uint32:
+    """Address of the meeting's mbarrier."""
+    return Uint32((mail.boxes.iterator + (mail.met & 1)).toint())
+
+
+@cute.jit
+def send(mail: Mail, tensor: cute.Tensor, index: Int32, value: Uint32, rank: Int32, cluster: Constexpr):
+    """tensor[index] = value (a 32-bit word) in the shared memory of CTA `rank`, there to be read after the meeting."""
     if const_expr(cluster == 1):
         tensor[index] = value
     else:
         cute.arch.inline_ptx(
-            "{ .reg .u32 remote; mapa.shared::cluster.u32 remote, {$r0}, {$r1}; st.shared::cluster.b32 [remote], {$r2}; }",
-            read_only_args=[Uint32((tensor.iterator + index).toint()), Uint32(rank), value],
+            "{ .reg .u32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], {$r3}, [b]; }",
+            read_only_args=[Uint32((tensor.iterator + index).toint()), box(mail), Uint32(rank), value],
         )
 
 
 @cute.jit
-def push_sum(low: cute.Tensor, high: cute.Tensor, value: Int64, at: Thread, cluster: cutlass.Constexpr):
-    """The warp's sum, word by word, to every CTA of the cluster: lane r writes to CTA r."""
+def send64(mail: Mail, tensor: cute.Tensor, index: Int32, value: Int64, rank: Int32, cluster: Constexpr):
+    """:func:`send` for a 64-bit integer."""
+    if const_expr(cluster == 1):
+        tensor[index] = value
+    else:
+        cute.arch.inline_ptx(
+            "{ .reg .u32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [a], {$r3}, [b]; }",
+            read_only_args=[Uint32((tensor.iterator + index).toint()), box(mail), Uint32(rank), value],
+        )
+
+
+@cute.jit
+def sync_for_copies(cluster: Constexpr):
+    """A barrier of the CTA after which bulk copies see what was written to shared memory before it."""
+    if const_expr(cluster > 1):
+        cute.arch.fence_proxy("async.shared", space="cta")
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def send_words(
+    mail: Mail, tensor: cute.Tensor, index: Int32, source: cute.Tensor, words: Constexpr, at: Thread, warps: Constexpr, cluster: Constexpr
+):
+    """tensor[index : index + words] = source in every CTA, one bulk copy each; all threads call this, after :func:`sync_for_copies`.
+
+    Source stays as it is until the next row.
+    """
+    if const_expr(cluster == 1):
+        for i in cutlass.range(at.tid, words, 32 * warps, unroll=1):
+            tensor[index + i] = source[i]
+    else:
+        if at.warp == 0 and at.lane < cluster:
+            cute.arch.inline_ptx(
+                "{ .reg .u32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+                "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [a], [{$r3}], {$r4}, [b]; }",
+                read_only_args=[
+                    Uint32((tensor.iterator + index).toint()),
+                    box(mail),
+                    Uint32(at.lane),
+                    Uint32(source.iterator.toint()),
+                    Uint32(4 * words),
+                ],
+            )
+
+
+@cute.jit
+def announce(mail: Mail, size: Int32, at: Thread, cluster: Constexpr):
+    """This CTA sends `size` bytes to CTA `lane` for the meeting. Warp 0 calls this, once."""
+    if const_expr(cluster > 1):
+        if at.warp == 0 and at.lane < cluster:
+            cute.arch.inline_ptx(
+                "{ .reg .u32 b; mapa.shared::cluster.u32 b, {$r0}, {$r1}; "
+                "mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [b], {$r2}; }",
+                read_only_args=[box(mail), Uint32(at.lane), Uint32(size)],
+            )
+
+
+@cute.jit
+def meet(mail: Mail, cluster: Constexpr) -> Int32:
+    """Wait until everything that was sent for this meeting is here. Returns how many there were. No barrier of this CTA, unless alone."""
+    if const_expr(cluster == 1):
+        cute.arch.sync_threads()
+    else:
+        cute.arch.mbarrier_wait(mail.boxes.iterator + (mail.met & 1), (mail.met >> 1) & 1)
+    return mail.met + 1
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def send_sum(mail: Mail, tensor: cute.Tensor, value: Int64, at: Thread, cluster: Constexpr):
+    """The sum of the warp's values, to every CTA of the cluster: lane r sends to CTA r."""
+    own = warp_sum64(value)
     if at.lane < cluster:
-        push(low, at.warp_in_row, Uint32(value), at.lane, cluster)
-        push(high, at.warp_in_row, Uint32(value >> Int64(32)), at.lane, cluster)
+        send64(mail, tensor, at.warp_in_row, own, at.lane, cluster)
 
 
 @cute.jit
-def word64(low: cute.Tensor, high: cute.Tensor, index: Int32) -> Int64:
-    """A 64-bit integer kept as two arrays of words. (A tensor that has been through a branch forgets that its words are unsigned.)"""
-    return Int64(Uint32(low[index])) | (Int64(Uint32(high[index])) << Int64(32))
+def share_sum(mail: Mail, tensor: cute.Tensor, value: Int64, at: Thread, warps: Constexpr, cluster: Constexpr) -> Int32:
+    """A meeting for :func:`send_sum` alone."""
+    send_sum(mail, tensor, value, at, cluster)
+    announce(mail, Int32(8 * warps), at, cluster)
+    return meet(mail, cluster)
 
 
 @cute.jit
-def sum_of_warps(low: cute.Tensor, high: cute.Tensor, row_warps: cutlass.Constexpr, at: Thread):
-    """(sum over the row's warps, sum over the earlier warps, this warp's) of what :func:`push_sum` left, after the barrier."""
-    per = (row_warps + 31) // 32
-    sums = cute.make_rmem_tensor(per, Int64)
-    lane_sum, own = Int64(0), Int64(0)
-    for i in cutlass.range_constexpr(per):
-        g = at.lane * per + i
-        sums[i] = Int64(0)
+def total_of(sums: cute.Tensor, row_warps: Constexpr, at: Thread) -> Int64:
+    """The sum over the row's warps."""
+    mine = Int64(0)
+    for i in cutlass.range_constexpr((row_warps + 31) // 32):
+        g = at.lane + 32 * i
         if g < row_warps:
-            sums[i] = word64(low, high, g)
-        lane_sum += sums[i]
-    to_here = warp_inclusive_sum(lane_sum, at.lane)
-    total = cute.arch.shuffle_sync(to_here, 31)
-    before = to_here - lane_sum
-    for i in cutlass.range_constexpr(per):
-        g = at.lane * per + i
+            mine += sums[g]
+    return warp_sum64(mine)
+
+
+@cute.jit
+def total_before(sums: cute.Tensor, row_warps: Constexpr, at: Thread) -> Int64:
+    """The sum over the row's earlier warps."""
+    mine = Int64(0)
+    for i in cutlass.range_constexpr((row_warps + 31) // 32):
+        g = at.lane + 32 * i
         if g < at.warp_in_row:
-            before += sums[i]
-        if g == at.warp_in_row:
-            own = sums[i]
-    # lane (warp_in_row // per) has added exactly its own sums that precede this warp
-    owner = at.warp_in_row // per
-    return total, cute.arch.shuffle_sync(before, owner), cute.arch.shuffle_sync(own, owner)
+            mine += sums[g]
+    return warp_sum64(mine)
+
+
+# ---- reading a peer -------------------------------------------------------------------------------------------------------------------
 
 
 @cute.jit
@@ -120,7 +220,7 @@ def peer_u32(address: Uint32, rank: Int32) -> Uint32:
 
 
 @cute.jit
-def peer_load(tensor: cute.Tensor, index: Int32, rank: Int32, cluster: cutlass.Constexpr) -> Uint32:
+def peer_load(tensor: cute.Tensor, index: Int32, rank: Int32, cluster: Constexpr) -> Uint32:
     """tensor[index] (Uint32) as CTA `rank` sees it; plain shared memory when the cluster is one CTA."""
     value = Uint32(0)
     if const_expr(cluster == 1):
@@ -131,6 +231,6 @@ def peer_load(tensor: cute.Tensor, index: Int32, rank: Int32, cluster: cutlass.C
 
 
 @cute.jit
-def peer_load_i64(low: cute.Tensor, high: cute.Tensor, index: Int32, rank: Int32, cluster: cutlass.Constexpr) -> Int64:
+def peer_load_i64(low: cute.Tensor, high: cute.Tensor, index: Int32, rank: Int32, cluster: Constexpr) -> Int64:
     """64-bit integer kept as two arrays of 32-bit words, as CTA `rank` sees it."""
     return Int64(peer_load(low, index, rank, cluster)) | (Int64(peer_load(high, index, rank, cluster)) << Int64(32))

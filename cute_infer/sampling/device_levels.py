@@ -19,7 +19,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, const_expr
 
 from .device import KEY_NEG_INF, add_wide, key_value, nucleus, order_key, warp_inclusive_sum
-from .device_cluster import Thread, peer_load, peer_load_i64, push_sum, row_sync, sum_of_warps, this_thread
+from .device_cluster import Mail, Thread, peer_load, peer_load_i64, row_sync, share_sum, this_thread, total_of
 from .device_row import Row, chunk, counts, loop_bound, mass, total_mass
 from .device_shared import BINS, LOG2_BINS, Scratch, clear, part
 
@@ -125,7 +125,7 @@ def clear_histogram(cfg: Constexpr, hist: Bins, buffer: Int32):
 @cute.jit
 def tally_coarse(cfg: Constexpr, row: Row, hist: Bins, last_bin: Int32, smallest: Float32, use_k, use_p):
     """Level 0, into histogram 0. Counts only if top-k asks, masses only if top-p does."""
-    for c in cutlass.range(loop_bound(cfg, row), unroll=cfg.unroll):
+    for c in cutlass.range(loop_bound(cfg, row), unroll=1):
         x = chunk(cfg, row, c)
         for j in cutlass.range_constexpr(cfg.vector):
             b = coarse_bin(cfg, row, x[j])
@@ -143,7 +143,7 @@ def tally_coarse(cfg: Constexpr, row: Row, hist: Bins, last_bin: Int32, smallest
 @cute.jit
 def tally_keys(cfg: Constexpr, row: Row, hist: Bins, low: Uint32, high: Uint32, shift: Uint32, buffer: Int32, use_p):
     """Level >= 1: elements with low <= key <= high, bins of 2**shift keys from high down."""
-    for c in cutlass.range(loop_bound(cfg, row), unroll=cfg.unroll):
+    for c in cutlass.range(loop_bound(cfg, row), unroll=1):
         x = chunk(cfg, row, c)
         for j in cutlass.range_constexpr(cfg.vector):
             distance = high - order_key(x[j])
@@ -187,12 +187,12 @@ def find(cfg: Constexpr, smem: Scratch, hist: Bins, buffer: Int32, from_top: Con
     for j in cutlass.range_constexpr(per):
         bin_counts[j] = Int32(0)
         bin_masses[j] = Int64(0)
-    for step in cutlass.range(cluster, unroll=4):
+    for step in cutlass.range(cluster, unroll=1):
         peer = (at.rank + step) % cluster  # every CTA starts with another peer
         for j in cutlass.range_constexpr(per):
             bin_counts[j] = bin_counts[j] + Int32(peer_load(hist.count, first + j, peer, cluster))
     if const_expr(cfg.has_p):
-        for step in cutlass.range(cluster, unroll=2):
+        for step in cutlass.range(cluster, unroll=1):
             peer = (at.rank + step) % cluster
             for j in cutlass.range_constexpr(per):
                 bin_masses[j] = bin_masses[j] + peer_load_i64(hist.low, hist.high, first + j, peer, cluster)
@@ -212,7 +212,7 @@ def find(cfg: Constexpr, smem: Scratch, hist: Bins, buffer: Int32, from_top: Con
     if at.tid == 0:
         smem.answer[0] = Int32(-1)
     cute.arch.sync_threads()
-    for w in cutlass.range(at.warp, unroll=4):
+    for w in cutlass.range(at.warp, unroll=1):
         count += smem.scan[w]
         if const_expr(cfg.has_p):
             all_mass += smem.scan_mass[w]
@@ -235,8 +235,13 @@ def find(cfg: Constexpr, smem: Scratch, hist: Bins, buffer: Int32, from_top: Con
 
 
 @cute.jit
-def cut(cfg: Constexpr, row: Row, smem: Scratch, hist: Bins, thread_max: Float32, k: Int32) -> Int32:
+def cut(cfg: Constexpr, row: Row, smem: Scratch, hist: Bins, k: Int32) -> Int32:
     """A level-0 bin that top-k's threshold cannot lie below: k thread maxima are in it or above. The last bin if there are fewer."""
+    thread_max = -Float32.inf
+    for c in cutlass.range(loop_bound(cfg, row), unroll=1):
+        x = chunk(cfg, row, c)
+        for j in cutlass.range_constexpr(cfg.vector):
+            thread_max = cute.arch.fmax(thread_max, x[j])
     if counts(cfg, thread_max):
         cute.arch.atomic_add(hist.count.iterator + (BINS + coarse_bin(cfg, row, thread_max)), Uint32(1), sem="relaxed", scope="cta")
     set_limits(cfg, smem, k, Int64(NO_MASS))
@@ -268,8 +273,8 @@ def refine(cfg: Constexpr, row: Row, smem: Scratch, hist: Bins, coarse: Int32, u
 
 
 @cute.jit
-def search_levels(cfg: Constexpr, row: Row, smem: Scratch, thread_max: Float32, k: Int32, p: Float32, use_k, use_p) -> Uint32:
-    """Smallest key that top-k and top-p keep. Every value it branches on is the same in the whole cluster."""
+def search_levels(cfg: Constexpr, row: Row, smem: Scratch, met: Int32, k: Int32, p: Float32, use_k, use_p):
+    """(smallest key that top-k and top-p keep, `met`). Every value it branches on is the same in the whole cluster."""
     hist = bins(cfg, smem)
     clear(cfg, smem, 0, 3 * BINS)
     if const_expr(cfg.has_p):
@@ -283,17 +288,15 @@ def search_levels(cfg: Constexpr, row: Row, smem: Scratch, thread_max: Float32, 
         after_k = use_k and use_p
     if const_expr(cfg.has_p):
         if use_p and not after_k:
-            own = cute.arch.shuffle_sync(warp_inclusive_sum(total_mass(cfg, row), at.lane), 31)
-            push_sum(smem.sum_low, smem.sum_high, own, at, cfg.cluster)
-            row_sync(cfg.cluster)
-            total, _, _ = sum_of_warps(smem.sum_low, smem.sum_high, cfg.row_warps, at)
+            met = share_sum(Mail(smem.mail, met), smem.sums, total_mass(cfg, row), at, cfg.warps, cfg.cluster)
+            total = total_of(smem.sums, cfg.row_warps, at)
             p_limit = nucleus(p, total)
             # vocab * smallest <= total - p_limit, so the masses above `smallest` still reach p_limit. Rounded down generously.
             smallest = Float32(total - p_limit) * cute.arch.rcp_approx(Float32(row.vocab)) * Float32(0.999)
     cute.arch.sync_threads()  # the pool is clear
     if const_expr(cfg.has_k):
         if use_k:
-            last_bin = cut(cfg, row, smem, hist, thread_max, k)
+            last_bin = cut(cfg, row, smem, hist, k)
     key = Uint32(KEY_NEG_INF)
     set_limits(cfg, smem, k if use_k else Int32(NO_COUNT), p_limit)
     tally_coarse(cfg, row, hist, last_bin, smallest, use_k, use_p)
@@ -314,4 +317,4 @@ def search_levels(cfg: Constexpr, row: Row, smem: Scratch, thread_max: Float32, 
                 if found >= 0:
                     reached = smem.answer_mass[0] + smem.answer_mass[1]
                 set_limits(cfg, smem, Int32(NO_COUNT), nucleus(p, reached))
-    return key
+    return key, met

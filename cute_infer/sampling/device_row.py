@@ -28,8 +28,9 @@ class RowConfig:
         self.warps = tile.threads // 32
         self.row_warps = self.warps * tile.cluster
         self.resident = tile.per_thread > 0
+        self.fetches = tile.bulk and self.resident and spec.aligned  # `device_fetch`
         self.chunks = max(1, tile.per_thread // self.vector)
-        self.load_unroll = max(1, LOAD_BYTES * 8 // self.dtype.width // self.vector) if self.resident else 4
+        self.load_unroll = max(1, min(16, LOAD_BYTES * 8 // self.dtype.width // self.vector)) if self.resident else 4
         self.unroll = max(1, UNROLL_ELEMENTS // self.vector)
         self.is_logits = spec.source == "logits"
         self.draws = spec.output == "ids"
@@ -93,13 +94,29 @@ def load(cfg: Constexpr, source: cute.Tensor, vector_idx: Int32, vocab: Int32, r
 
 
 @cute.jit
+def chunk_of_memory(cfg: Constexpr, row: Row, c: Int32) -> cute.Tensor:
+    """Chunk c of this thread as fp32, read from memory; -inf beyond the vocabulary, without a branch that would keep loads apart."""
+    raw = cute.make_rmem_tensor(cfg.vector, cfg.dtype)
+    vector_idx = row.first_vector + c * 32
+    is_there = vector_idx * cfg.vector < row.vocab
+    place = vector_idx if is_there else Int32(0)
+    if const_expr(cfg.vector == 1):
+        raw[0] = row.source[place]
+    else:
+        cute.autovec_copy(cute.local_tile(row.source, (cfg.vector,), (place,)), raw)
+    values = cute.make_rmem_tensor(cfg.vector, Float32)
+    for j in cutlass.range_constexpr(cfg.vector):
+        values[j] = raw[j].to(Float32) if is_there else -Float32.inf
+    return values
+
+
+@cute.jit
 def chunk(cfg: Constexpr, row: Row, c: Int32) -> cute.Tensor:
     """Chunk c of this thread as fp32, from shared memory or from memory again."""
+    if const_expr(not cfg.resident):
+        return chunk_of_memory(cfg, row, c)
     raw = cute.make_rmem_tensor(cfg.vector, cfg.dtype)
-    if const_expr(cfg.resident):
-        cute.autovec_copy(row.values[None, cute.arch.thread_idx()[0], c], raw)
-    else:
-        load(cfg, row.source, row.first_vector + c * 32, row.vocab, raw)
+    cute.autovec_copy(row.values[None, cute.arch.thread_idx()[0], c], raw)
     values = cute.make_rmem_tensor(cfg.vector, Float32)
     for j in cutlass.range_constexpr(cfg.vector):
         values[j] = raw[j].to(Float32)

@@ -8,27 +8,31 @@ from cutlass import Constexpr, Int32, Int64, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 BINS, LOG2_BINS = 1024, 10
-FINE_BINS = 128  # of top-p's window
-LISTED, TIED = 2048, 128  # elements per CTA in the window, in its deciding bin
+SAMPLE_BINS = 512  # of top-p's window
+SAMPLE_WORDS = SAMPLE_BINS // 2  # two counts of 16 bits
+FINE_BINS = 128  # of the window
+TIED = 128  # elements per CTA in its deciding bin
 
 
 class Scratch(NamedTuple):
-    """row: [vector, thread, chunk]. pool: words; see :func:`part`. Sums have one entry per warp of the row, pushed by every CTA."""
+    """row: [vector, thread, chunk]. pool: words; see :func:`part`. Sums have one entry per warp of the row, sent by every CTA."""
 
     row: cute.Tensor
     pool: cute.Tensor
-    warp_max: cute.Tensor  # [row_warps] bits of fp32
-    sum_low: cute.Tensor  # [row_warps] first sums of a row
-    sum_high: cute.Tensor
-    kept_low: cute.Tensor  # [row_warps] kept masses
-    kept_high: cute.Tensor
-    scan: cute.Tensor  # [32] partial sums of the CTA's warps
+    mail: cute.Tensor  # [2] mbarriers of the meetings
+    landed: cute.Tensor  # [warps] mbarriers: the warp's stretch of the next row is here
+    warp_max: cute.Tensor  # [row_warps] keys
+    sums: cute.Tensor  # [row_warps] Int64: masses of whole stretches
+    above: cute.Tensor  # [row_warps] Int64: masses above top-p's window
+    kept: cute.Tensor  # [row_warps] Int64: kept masses
+    bits: cute.Tensor  # [1] Int64: the row's random bits
+    scan: cute.Tensor  # [32] partial results of the CTA's warps
     scan_mass: cute.Tensor  # [32] Int64
     answer: cute.Tensor  # [32] what a search found
     answer_mass: cute.Tensor  # [3] Int64
     count_limit: cute.Tensor  # [1]
     mass_limit: cute.Tensor  # [1] Int64
-    listed: cute.Tensor  # [3 * cluster] how many elements each CTA listed; top-p: its top bin, listed, in the deciding bin
+    listed: cute.Tensor  # [2 * cluster] how many elements each CTA listed; top-p: its top bin, how many in the deciding bin
     threshold: cute.Tensor  # [1] smallest key kept
 
 
@@ -41,7 +45,7 @@ def pool_words(cfg) -> int:
     """Words of the pool: the largest use of it."""
     levels = 3 * BINS * (3 if cfg.has_p else 1)
     shortlist = BINS + 4 * cfg.cluster * shortlist_size(cfg) if cfg.has_k else 0
-    nucleus = BINS + LISTED + cfg.cluster * (BINS // 2 + 2 * FINE_BINS) if cfg.estimates else 0
+    nucleus = BINS + cfg.cluster * (2 * FINE_BINS + max(SAMPLE_WORDS, 4 * TIED)) if cfg.estimates else 0
     return max(levels, shortlist, nucleus) if cfg.searches else 4
 
 
@@ -49,25 +53,30 @@ def pool_words(cfg) -> int:
 def allocate(cfg: Constexpr) -> Scratch:
     smem = SmemAllocator()
 
-    def array(dtype, size):
-        return smem.allocate_tensor(dtype, cute.make_layout(size), byte_alignment=16)
+    def array(dtype, size, stride=None):
+        return smem.allocate_tensor(dtype, cute.make_layout(size, stride=stride), byte_alignment=128 if stride is not None else 16)
 
-    row_shape = (cfg.vector, cfg.threads, cfg.chunks) if const_expr(cfg.resident) else (1, 1, 1)
+    # every warp's stretch is contiguous, as it is in memory
+    shape, stride = (cfg.vector, (32, cfg.warps), cfg.chunks), (1, (cfg.vector, 32 * cfg.vector * cfg.chunks), 32 * cfg.vector)
+    if const_expr(not cfg.resident):
+        shape, stride = (1, (1, 1), 1), (1, (1, 1), 1)
     return Scratch(
-        array(cfg.dtype, row_shape),
+        array(cfg.dtype, shape, stride),
         array(Uint32, pool_words(cfg)),
+        array(Int64, 2),
+        array(Int64, cfg.warps),
         array(Uint32, cfg.row_warps),
-        array(Uint32, cfg.row_warps),
-        array(Uint32, cfg.row_warps),
-        array(Uint32, cfg.row_warps),
-        array(Uint32, cfg.row_warps),
+        array(Int64, cfg.row_warps),
+        array(Int64, cfg.row_warps),
+        array(Int64, cfg.row_warps),
+        array(Int64, 1),
         array(Int32, 32),
         array(Int64, 32),
         array(Int32, 32),
         array(Int64, 3),
         array(Int32, 1),
         array(Int64, 1),
-        array(Uint32, 3 * cfg.cluster),
+        array(Uint32, 2 * cfg.cluster),
         array(Uint32, 1),
     )
 
@@ -76,6 +85,14 @@ def allocate(cfg: Constexpr) -> Scratch:
 def part(smem: Scratch, first: Constexpr, size: Constexpr) -> cute.Tensor:
     """`size` words of the pool from word `first` on."""
     return cute.make_tensor(smem.pool.iterator + first, cute.make_layout(size))
+
+
+@cute.jit
+def words_of(sums: cute.Tensor, count: Constexpr):
+    """(low words, high words) of 64-bit integers; integer i is at 2 * i."""
+    words = cute.recast_ptr(sums.iterator, dtype=Uint32)
+    layout = cute.make_layout(2 * count - 1)
+    return cute.make_tensor(words, layout), cute.make_tensor(words + 1, layout)
 
 
 @cute.jit

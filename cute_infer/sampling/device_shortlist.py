@@ -2,8 +2,8 @@
 
     cut      in every CTA: a histogram of its thread maxima says which values at least k of them reach. An element below has k elements
              above it in this CTA alone, so it is not among the row's k largest
-    list     the few threads whose maximum survives the cut read their elements again and push the survivors, value and index, to CTA 0
-    barrier  with the row's maximum, everybody's counts arrive too; a list that does not fit sends the row to ``device_levels``
+    list     the few threads whose maximum survives the cut read their elements again and send the survivors, value and index, to CTA 0
+    meeting  with the row's maximum, everybody's counts arrive too; a list that does not fit sends the row to ``device_levels``
     rank     CTA 0 cuts the lists once more, as one, then eight lanes a candidate count how many are larger and what they weigh: that is all
              that top-k, top-p and min-p ask about it
     draw     the weights of the kept candidates with a smaller index, likewise; the candidate whose stretch holds the target is the token
@@ -18,7 +18,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
 
 from .device import GROUP, divide, group_sum, nucleus, order_key, warp_inclusive_sum
-from .device_cluster import Thread, push, this_thread
+from .device_cluster import Mail, Thread, announce, send, this_thread
 from .device_row import Row, chunk, counts, loop_bound, mass, passes_floor, position, real_mass
 from .device_shared import BINS, Scratch, clear, part, shortlist_size
 
@@ -116,10 +116,10 @@ def cut_values(cfg: Constexpr, smem: Scratch, values: cute.Tensor, size: Constex
 
 
 @cute.jit
-def push_shortlist(cfg: Constexpr, row: Row, smem: Scratch, thread_max: Float32, k: Int32):
-    """This CTA's survivors, to CTA 0; how many there are, to everybody. Ends before the barrier."""
+def send_shortlist(cfg: Constexpr, row: Row, smem: Scratch, mail: Mail, size: Int32, thread_max: Float32, k: Int32):
+    """This CTA's survivors, to CTA 0; how many there are, to everybody. Announces `size` bytes more."""
     at = this_thread(cfg.warps, cfg.cluster)
-    lists, size = shortlist(cfg, smem), shortlist_size(cfg)
+    lists, most = shortlist(cfg, smem), shortlist_size(cfg)
     values = cute.make_rmem_tensor(1, Float32)
     values[0] = thread_max
     cut = cut_values(cfg, smem, values, 1, k)
@@ -129,18 +129,21 @@ def push_shortlist(cfg: Constexpr, row: Row, smem: Scratch, thread_max: Float32,
             for j in cutlass.range_constexpr(cfg.vector):
                 if survives(cfg, cut, x[j]):
                     n = cute.arch.atomic_add(smem.count_limit.iterator, Int32(1), sem="relaxed", scope="cta")
-                    if n < size:
-                        to = at.rank * size + n
-                        push(lists.value, to, x[j].bitcast(Uint32), Int32(0), cfg.cluster)
-                        push(lists.index, to, Uint32((row.first_vector + c * 32) * cfg.vector + j), Int32(0), cfg.cluster)
+                    if n < most:
+                        to = at.rank * most + n
+                        send(mail, lists.value, to, x[j].bitcast(Uint32), Int32(0), cfg.cluster)
+                        send(mail, lists.index, to, Uint32((row.first_vector + c * 32) * cfg.vector + j), Int32(0), cfg.cluster)
     cute.arch.sync_threads()
+    found = smem.count_limit[0]
     if at.warp == 0 and at.lane < cfg.cluster:
-        push(smem.listed, at.rank, Uint32(smem.count_limit[0]), at.lane, cfg.cluster)
+        send(mail, smem.listed, at.rank, Uint32(found), at.lane, cfg.cluster)
+    found = found if found < most else Int32(most)
+    announce(mail, size + 4 + (8 * found if at.lane == 0 else Int32(0)), at, cfg.cluster)
 
 
 @cute.jit
 def fits(cfg: Constexpr, smem: Scratch):
-    """Whether every CTA's list was long enough. After the barrier; the same in all CTAs."""
+    """Whether every CTA's list was long enough. After the meeting; the same in all CTAs."""
     most = Int32(0)
     for r in cutlass.range_constexpr(cfg.cluster):
         listed = Int32(smem.listed[r])

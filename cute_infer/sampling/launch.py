@@ -11,8 +11,9 @@ import torch
 
 from ..alignment import is_aligned
 from ..checks import dtype_name
-from ..errors import MissingKernelError, UnsupportedConfigError, fail
+from ..errors import CompileError, UnsupportedConfigError, fail
 from ..jit import Target, get_kernel
+from .occupancy import resident_clusters
 from .tiles import CHAIN_PATH, FEW_ROWS, ROW_PATH, ChainSpec, ChainTile, RowSpec, choose, why_not
 
 log = logging.getLogger("cute_infer.sampling")
@@ -21,20 +22,26 @@ Scalar = float | int | None
 
 
 @functools.lru_cache(maxsize=4096)
-def _row_kernel(device: torch.device, vocab: int, rows: int, spec_fields: tuple[Any, ...]) -> Callable[..., Any]:
+def _row_kernel(device: torch.device, vocab: int, rows: int, spec_fields: tuple[Any, ...]) -> tuple[Callable[..., Any], int]:
+    """The kernel, and how many clusters of it serve the rows."""
     spec = RowSpec(*spec_fields)
     target = Target.detect(device)
     reason = why_not(spec, vocab, rows)
     if reason is not None:
         fail(UnsupportedConfigError, f"no sampling kernel on {target.arch}: {reason}", got=str(spec), fix="pass fewer or shorter rows")
-    best, any_rows = (choose(target.is_hopper, vocab, n) for n in (rows, FEW_ROWS + 1))
+    tile, any_rows = (choose(target.is_hopper, vocab, n) for n in (rows, FEW_ROWS + 1))
     try:
-        return get_kernel(ROW_PATH, spec, best, target).fn
-    except MissingKernelError as error:  # frozen, or the compiler is absent: bundles hold the tile for many rows, which computes the same
-        if best == any_rows:
+        kernel = get_kernel(ROW_PATH, spec, tile, target)
+    except CompileError as error:  # frozen, or the compiler is absent: bundles hold the tile for many rows, which computes the same
+        if tile == any_rows:
             raise
         log.warning("no sampling kernel for %d rows, using the one for many: %s", rows, error)
-        return get_kernel(ROW_PATH, spec, any_rows, target).fn
+        tile = any_rows
+        kernel = get_kernel(ROW_PATH, spec, tile, target)
+    clusters = rows
+    if tile.bulk:  # each cluster takes row after row, so that one can be copied while another is finished
+        clusters = min(rows, resident_clusters(device, tile.cluster, tile.threads, kernel.facts.smem_bytes, tile.blocks))
+    return kernel.fn, clusters
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,7 +106,7 @@ def launch_rows(
         logprob is not None,
         aligned,
     )
-    kernel = _row_kernel(x.device, vocab, slots, spec)
+    kernel, clusters = _row_kernel(x.device, vocab, slots, spec)
     kernel(
         x,
         out,
@@ -119,6 +126,7 @@ def launch_rows(
         seed_value or 0,
         offset_value or 0,
         int(row_in_counter),
+        clusters,
     )
 
 

@@ -46,36 +46,39 @@ class RowSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RowTile:
-    """cluster CTAs of `threads` threads share one row; `per_thread` elements each stay in shared memory, 0 = every pass reads memory."""
+    """cluster CTAs of `threads` threads share one row; `per_thread` elements each stay in shared memory, 0 = every pass reads memory.
+
+    blocks       CTAs per SM that registers are budgeted for: while one row's CTA waits for its peers, another's works.
+    bulk         the next row is copied to shared memory while this one is finished (Hopper).
+    """
 
     cluster: int
     threads: int
     per_thread: int
-
-    @property
-    def blocks_per_sm(self) -> int:
-        """CTAs per SM that registers are budgeted for (64 of them with 1024 threads). Two rows per SM: one computes while one waits."""
-        return 2 if self.threads <= 512 and self.threads * self.per_thread <= 512 * 32 else 1
+    blocks: int = 1
+    bulk: bool = False
 
 
-# Hopper: a row in the shared memory of a cluster. Few rows take more SMs per row, many rows fewer barriers between CTAs.
-# One H200, 2026-11-22, fp32 logits, top-k then top-p / top-p alone: 128 x 128256, 4x1024x32 44.0 / 81 us, 8x512x32 48.0 / 87 (512 rows:
-# 151 / 282, 165 / 312); 1 x 128256, 8x512x32 9.3 / 14.0, 8x1024x16 10.0 / 16.0; 16 x 32000, 4x512x16 7.9 / 11.3, 8x256x16 9.2 / 13.7.
+def hopper(cluster: int, threads: int, per_thread: int, blocks: int = 2) -> RowTile:
+    return RowTile(cluster, threads, per_thread, blocks, bulk=True)
+
+
+# Hopper: a row in the shared memory of a cluster.
 SM90_TILES = (
-    #  vocab    few rows                  many rows               reason
-    (8192, RowTile(2, 256, 16), RowTile(1, 512, 16)),  # one CTA holds it
-    (16384, RowTile(4, 256, 16), RowTile(1, 512, 32)),  # 64 KiB: the longest row two CTAs per SM can hold
-    (32768, RowTile(4, 512, 16), RowTile(2, 512, 32)),  # 32000
-    (65536, RowTile(8, 512, 16), RowTile(4, 512, 32)),
-    (131072, RowTile(8, 512, 32), RowTile(4, 1024, 32)),  # 128256; 8 CTAs is the portable cluster limit
-    (163840, RowTile(8, 1024, 24), RowTile(8, 1024, 24)),  # 151936: 76 KiB and more, one CTA per SM
-    (262144, RowTile(8, 1024, 32), RowTile(8, 1024, 32)),  # 128 KiB, one CTA per SM
+    #  vocab  few rows             many rows             reason
+    (8192, hopper(2, 256, 16), hopper(1, 512, 16)),  # one CTA holds it
+    (16384, hopper(4, 256, 16), hopper(1, 512, 32)),  # 64 KiB: the longest row two CTAs per SM can hold
+    (32768, hopper(4, 512, 16), hopper(2, 512, 32)),  # 32000
+    (65536, hopper(8, 512, 16), hopper(4, 512, 32)),
+    (131072, hopper(8, 512, 32), hopper(8, 512, 32)),  # 128256; 8 CTAs is the portable cluster limit
+    (163840, hopper(8, 1024, 24, 1), hopper(8, 1024, 24, 1)),  # 151936: 76 KiB and more, one CTA per SM
+    (262144, hopper(8, 1024, 32, 1), hopper(8, 1024, 32, 1)),  # 128 KiB, one CTA per SM
 )
 FEW_ROWS = 16  # 16 rows * 8 CTAs = 128 of 132 SMs
 
 # Everything else: one CTA per row, at most 99 KiB. Short rows stay in shared memory, long ones are read from L2 in every pass.
 SM80_TILES = (
-    (12288, RowTile(1, 512, 24)),  # 48 KiB + 38 KiB
+    (12288, RowTile(1, 512, 24, blocks=2)),  # 48 KiB + 38 KiB
     (MAX_VOCAB, RowTile(1, 1024, 0)),
 )
 

@@ -445,19 +445,21 @@ def test_tiles_divide_every_vector() -> None:
 
 def test_without_the_compiler_few_rows_take_the_kernel_for_many(monkeypatch, caplog):
     """A bundle holds the tile for many rows; a server that cannot compile uses it for few rows as well."""
-    few, many = (choose(True, 128256, rows) for rows in (1, 64))
+    few, many = (choose(True, 32000, rows) for rows in (1, 64))
     assert few != many
     held = {many}
 
     def get_kernel(path, spec, tile, target):
         if tile not in held:
             raise MissingKernelError("not in the bundle")
-        return types.SimpleNamespace(fn=tile)
+        return types.SimpleNamespace(fn=tile, facts=types.SimpleNamespace(smem_bytes=100_000))
 
     monkeypatch.setattr(launch, "get_kernel", get_kernel)
+    monkeypatch.setattr(launch, "resident_clusters", lambda *args: 32)
     monkeypatch.setattr(launch.Target, "detect", lambda device: launch.Target.parse("sm_90a"))
     find = launch._row_kernel.__wrapped__
-    assert find(torch.device("cuda"), 128256, 1, ("logits", "float32", "ids")) is many and "for 1 rows" in caplog.text
+    assert find(torch.device("cuda"), 32000, 1, ("logits", "float32", "ids")) == (many, 1) and "for 1 rows" in caplog.text
+    assert find(torch.device("cuda"), 32000, 64, ("logits", "float32", "ids")) == (many, 32)
     held.clear()
     with pytest.raises(MissingKernelError):
-        find(torch.device("cuda"), 128256, 1, ("logits", "float32", "ids"))
+        find(torch.device("cuda"), 32000, 1, ("logits", "float32", "ids"))
