@@ -158,6 +158,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         super().__init__(float_workspace_buffer, workspace_buffer, kv_layout, use_cuda_graph, backend, buffers, jit_args)
         self._use_tensor_cores = use_tensor_cores
         self._q_len_per_req: int | None = None
+        self._given: tuple | None = None  # plan()'s arguments but for the arrays, once they were checked
+        self._described_batch: tuple | None = None
         self._fixed_batch_size = 0
         if use_cuda_graph:
             self._fixed_batch_size = len(self._paged_kv_last_page_len_buf)
@@ -230,33 +232,39 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         Raises:
             PageTableError: the page table contradicts itself. ShapeError, DTypeError, LayoutError: an argument does not fit.
         """
-        refuse("plan()", "window_right=0 is what decode has", window_right=window_right or None)
-        check_positive("plan()", page_size=page_size, head_dim=head_dim)
-        options = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        options = check_options("plan()", options, head_dim)
+        # Serving loops plan the same model over and over: what has been checked once, and described once, is not again.
+        given = (num_qo_heads, num_kv_heads, head_dim, head_dim_vo, page_size, pos_encoding_mode, window_left, logits_soft_cap, q_data_type,
+                 kv_data_type, o_data_type, data_type, sm_scale, rope_scale, rope_theta, fixed_split_size, disable_split_kv, q_len_per_req,
+                 window_right)  # fmt: skip
+        if self._given is None or not all(map(_same, given, self._given)):
+            refuse("plan()", "window_right=0 is what decode has", window_right=window_right or None)
+            check_positive("plan()", page_size=page_size, head_dim=head_dim)
+            asked = Options(False, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+            self._given_options = check_options("plan()", asked, head_dim)
+            self._given = given
         table, max_pages = page_table("plan()", indptr, indices, last_page_len, block_tables, seq_lens, page_size)
         host = host_view([table.indptr, table.last_page_len], validate)
         indptr_host, last_host = host or (None, None)
         page_ids = offsets = None
         if indptr_host is not None and last_host is not None:
             offsets, page_ids = look_at_table(indptr_host, last_host, table.indices, page_size, max_pages, validate)
-        kv_lens = self._known_lengths(table, offsets, page_size, max_pages, options.window_left)
-        if q_data_type is None:
-            q_data_type = data_type or "float16"
-        if kv_data_type is None:
-            kv_data_type = data_type
-        planned, options = self._describe(
-            table.last_page_len.shape[0],
-            (num_qo_heads, num_kv_heads),
-            (head_dim, head_dim_vo),
-            page_size,
-            (q_data_type, kv_data_type, o_data_type),
-            q_len_per_req,
-            options,
-            page_ids=page_ids,
-            batch_invariant=is_batch_invariant(fixed_split_size, disable_split_kv),
-            kv_lens=kv_lens,
-        )
+        kv_lens = self._known_lengths(table, offsets, page_size, max_pages, self._given_options.window_left)
+        batch = (self._given, table.last_page_len.shape[0], page_ids, kv_lens, self._device, self._q_len_per_req)
+        if batch != self._described_batch:
+            self._description = self._describe(
+                table.last_page_len.shape[0],
+                (num_qo_heads, num_kv_heads),
+                (head_dim, head_dim_vo),
+                page_size,
+                (q_data_type or data_type or "float16", kv_data_type or data_type, o_data_type),
+                q_len_per_req,
+                self._given_options,
+                page_ids=page_ids,
+                batch_invariant=is_batch_invariant(fixed_split_size, disable_split_kv),
+                kv_lens=kv_lens,
+            )
+            self._described_batch = batch
+        planned, options = self._description
         self._publish(planned, options, table, q_len_per_req, in_place=False)
 
     begin_forward = plan
@@ -572,6 +580,11 @@ def fast_decode_plan(
 
 
 @functools.lru_cache(maxsize=64)
+def _same(one: Any, other: Any) -> bool:
+    """Equal and of one type: 1, 1.0 and True are not the same argument, nor is a number and a tensor that holds it."""
+    return one is other or (type(one) is type(other) and one == other)
+
+
 def _range(length: int, device: torch.device) -> torch.Tensor:
     return torch.arange(length, dtype=torch.int32, device=device)
 

@@ -100,7 +100,7 @@ def host_view(arrays: Sequence[torch.Tensor], validate: bool | None) -> list[tor
     Arrays on the CPU are free to look at. Those on the GPU are fetched together in one blocking copy, unless ``validate`` is False,
     ``CUTE_INFER_VALIDATE=0`` (and ``validate`` is not True), or a stream capture or a trace is under way.
     """
-    remote = [a for a in arrays if a.device.type != "cpu"]
+    remote = [a for a in arrays if not a.is_cpu]
     if torch.compiler.is_compiling():
         return None
     if not remote:
@@ -108,8 +108,8 @@ def host_view(arrays: Sequence[torch.Tensor], validate: bool | None) -> list[tor
     wanted = get_config().validate if validate is None else validate
     if not wanted or any(not a.is_cuda for a in remote) or torch.cuda.is_current_stream_capturing():
         return None
-    fetched = iter(torch.cat(remote).cpu().split([len(a) for a in remote]))
-    return [a if a.device.type == "cpu" else next(fetched) for a in arrays]
+    fetched = iter(torch.split_with_sizes(torch.cat(remote).cpu(), [a.shape[0] for a in remote]))
+    return [a if a.is_cpu else next(fetched) for a in arrays]
 
 
 def to_device(arrays: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -118,15 +118,11 @@ def to_device(arrays: Sequence[torch.Tensor], device: torch.device) -> list[torc
     That copy starts from pageable memory: so few bytes are taken over by the driver at once, nothing waits for the stream, and it costs
     the host 7 us where a copy by way of pinned memory costs 16 to 30 (an H200's machine, 2026-11-22).
     """
-    together = [a for a in arrays if a.device.type == "cpu" and a.dtype is torch.int32]
-    if device.type != "cuda" or not together:
-        return [a.to(device, non_blocking=True) for a in arrays]
+    together = [a for a in arrays if a.is_cpu and a.dtype is torch.int32] if device.type == "cuda" else []
+    if not together:
+        return [a if a.device == device else a.to(device, non_blocking=True) for a in arrays]
     moved = torch.cat(together).to(device, non_blocking=True)
-    views, start = [], 0
-    for a in arrays:
-        if a.device.type == "cpu" and a.dtype is torch.int32:
-            views.append(moved.narrow(0, start, a.shape[0]))
-            start += a.shape[0]
-        else:
-            views.append(a.to(device, non_blocking=True))
-    return views
+    parts = iter(torch.split_with_sizes(moved, [a.shape[0] for a in together]))  # a third of the time of narrow() or Tensor.split()
+    return [
+        next(parts) if a.is_cpu and a.dtype is torch.int32 else a if a.device == device else a.to(device, non_blocking=True) for a in arrays
+    ]

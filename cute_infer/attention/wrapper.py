@@ -140,6 +140,7 @@ class BatchAttentionWrapper:
         self._pin_memory_int_workspace_buffer: torch.Tensor | None = None
         self._cached_module = _PlanModule()
         self._plan_info: Planned | None = None
+        self._plan_options: Options | None = None  # with which the kernel was loaded
         self._spec: AttentionSpec | None = None  # of the last run()
         self._accepted: tuple | None = None  # shapes, dtypes and devices that run() has checked
         self._workspace: Workspace | None = None
@@ -361,8 +362,11 @@ class BatchAttentionWrapper:
         elif not in_place:
             self._copy_into_buffers(arrays)
         self._set_options(options)
-        vars(self).update(_plan_info=planned, _spec=None, _accepted=None)
-        self._compile_ahead(planned, options)
+        loaded = planned is self._plan_info and options is self._plan_options
+        vars(self).update(_plan_info=planned, _plan_options=None, _spec=None, _accepted=None)
+        if not loaded:
+            self._compile_ahead(planned, options)
+        self._plan_options = options
 
     def _keep(self, arrays: dict[str, torch.Tensor]) -> None:
         device = self._device

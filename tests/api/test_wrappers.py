@@ -15,6 +15,7 @@ from cute_infer.attention import plan as plan_module
 from cute_infer.attention import reference, tiles, tiles_decode_sm80
 from cute_infer.attention import wrapper as wrapper_module
 from cute_infer.attention.mask_bits import packbits, segment_packbits
+from cute_infer.errors import ConfigError, MissingKernelError
 from tests.cases import DECODE, PREFILL, Case
 from tests.checks import assert_attention_close, torch_attention
 from tests.poison import Batch, make_batch, offsets, strided
@@ -601,3 +602,37 @@ def test_a_kept_launch_hides_no_error(launches):
     for q, cache, options, error in wrong:
         with pytest.raises(error):
             wrapper.run(q, cache, **options)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sm_scale": torch.tensor([1.0, 2.0])}, {"window_left": 1.5}, {"num_kv_heads": 3}, {"logits_soft_cap": float("nan")}]
+)
+def test_a_second_plan_is_checked_like_the_first(change):
+    wrapper = fi.BatchDecodeWithPagedKVCacheWrapper()
+    table = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    arguments = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": 16, "sm_scale": 0.5}
+    wrapper.plan(*table, **arguments)
+    with pytest.raises(ConfigError):
+        wrapper.plan(*table, **{**arguments, **change})
+    wrapper.plan(*table, **arguments)
+
+
+def test_a_kernel_that_did_not_load_is_tried_again(monkeypatch):
+    wrapper = fi.BatchDecodeWithPagedKVCacheWrapper()
+    table = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    loads = []
+
+    def load(*_):
+        loads.append(1)
+        if len(loads) < 3:
+            raise MissingKernelError("not now")
+
+    monkeypatch.setattr(wrapper, "_compile_ahead", load)
+    for _ in range(2):
+        with pytest.raises(MissingKernelError):
+            wrapper.plan(*table, 4, 2, 64, 16)
+    wrapper.plan(*table, 4, 2, 64, 16)
+    wrapper.plan(*table, 4, 2, 64, 16)  # loaded: not again
+    assert len(loads) == 3
+    wrapper.plan(*table, 4, 2, 128, 16)
+    assert len(loads) == 4
