@@ -249,7 +249,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         if indptr_host is not None and last_host is not None:
             offsets, page_ids = look_at_table(indptr_host, last_host, table.indices, page_size, max_pages, validate)
         kv_lens = self._known_lengths(table, offsets, page_size, max_pages, self._given_options.window_left)
-        batch = (self._given, table.last_page_len.shape[0], page_ids, kv_lens, self._device, self._q_len_per_req)
+        batch = (self._given, table.last_page_len.shape[0], page_ids, kv_lens, self._device, self._q_len_per_req in (None, q_len_per_req))
         if batch != self._described_batch:
             self._description = self._describe(
                 table.last_page_len.shape[0],
