@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from .lengths import EVEN, LONG, MIXED
+from .lengths import EVEN, LONG, MIXED, SHORT
 from .spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -144,6 +144,8 @@ def smem_bytes(spec: AttentionSpec, tile: DecodeSm90Tile) -> int:
     total = _round_up(total + 8 * heads * tile.warps, 16)  # running maximum and sum of every warp
     total += 8 * rows  # sink and output factor of every row
     total += 8 * (tile.warps * tile.stages + 1)  # mbarriers
+    if tile.early_metadata:
+        total = _round_up(total, 16) + 12  # lengths as three threads found them
     if tile.cluster > 1:
         total = _round_up(total, 16) + 4 * slice_elements(spec, tile) * tile.cluster  # slices pushed by the peers
         total += 8 * rows * tile.cluster  # their maxima and sums
@@ -199,12 +201,15 @@ def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
         # 1 x 512, 2048, 8192: 2.50, 4.89, 10.75, without prefetch 2.68, 4.84, 11.15. After an ordinary kernel 2048, 8192: 8.2, 14.3,
         # without 7.9, 14.0. fp8 1 x 2048, 8192: 3.60, 7.62, without 3.90, 8.09.
         return _tile(spec, 8, DEEP, early=True, prefetch=3)
-    if items <= sms // 6:  # 2 x 2048, 8192: 7.07, 19.07, early 7.9, 20.7, C4 WIDE never 7.18, 19.23
-        return _tile(spec, 8, CROWDED)
+    # For 2 to 4 requests early costs nothing after an ordinary kernel, prefetch does: 2 x 2048 8.7 instead of 8.2, 4 x 512 7.3 instead of 6.6.
+    # fp8 4 x 2048: 7.18, early 7.19, after an ordinary kernel 8.9, early 9.3.
+    if items <= sms // 6:  # 2 x 2048, 8192: 6.55, 18.08, not early 7.17, 18.82; after an ordinary kernel 8.21, 20.12, 8.33, 20.16
+        return _tile(spec, 8, CROWDED, early=bf16)
+    if bf16 and items <= sms * 3 // 16:  # 3 x 2048: 8.26, C2 ALONE early 8.53; after an ordinary kernel 10.4, 10.8
+        return _tile(spec, 4, CROWDED, early=True)
     if items <= sms // 4:
-        # 4 x 512, 2048, 8192: 5.02, 10.61, 34.3. Early, with prefetch 4.25, 12.0, 35.9, but 7.7 instead of 6.6 at 4 x 512 after an ordinary
-        # kernel. 3 x 2048: 9.26, early, refilled with prefetch 8.76.
-        return _tile(spec, 2, ALONE)
+        # 4 x 512, 2048, 8192: 4.20, 9.92, 32.8, not early 4.80, 10.47, 33.7; after an ordinary kernel 6.61, 12.20, 35.7, 6.60, 12.14, 35.7
+        return _tile(spec, 2, ALONE, early=bf16)
     if items <= sms // 2:  # 8 x 2048, 8192: 18.3, 63.9, C2 DEEP 18.7, 63.4. Early costs fp8 1 % at 4 x 2048
         return _tile(spec, 2, DEEP if bf16 and spread == EVEN and mean > 4096 else ALONE, early=bf16)
     together = _heads_together(spec, hints)
@@ -215,8 +220,8 @@ def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
                 return _tile(spec, together, DEEP, heads_per_item=together, early=True, evict_first=True, prefetch=prefetch)
             if mean > 4096:  # 16 x 8192: 122.0, filled 123.4, C2 DEEP early 124.0
                 return _tile(spec, 1, WIDE, evict_first=True, lets_go="never")
-            # 16 x 512, 2048: 9.8, 32.9, never 10.4, 33.1, with prefetch 10.6, 32.8; after an ordinary kernel 512: 11.6, 11.2, 13.7
-            return _tile(spec, 1, WIDE, early=True, evict_first=True)
+            # 16 x 512, 2048: 9.5, 32.0, never 10.4, 32.6, with prefetch 10.3, 31.5; after an ordinary kernel 512: 11.5, 11.3, 13.5
+            return _tile(spec, 1, WIDE, early=True, evict_first=True, prefetch=3 if mean > SHORT else 0)
         # C1 at 24 mixed: 2394 GB/s, C2 3279; at 8 x 8192 71.8 us, C2 63.4
         return _tile(spec, 2, DEEP, early=bf16, evict_first=True)
     if items <= 2 * sms:

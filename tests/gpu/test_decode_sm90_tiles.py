@@ -138,33 +138,53 @@ def test_flags_with_other_pages_and_a_window(kv, page_size, plan, monkeypatch):
             check(kv, "many", page_size, **plan)
 
 
-@pytest.mark.parametrize("before", ["other pages", "more pages", "no pages", "garbage"])
-@pytest.mark.parametrize("writer_is_early", [False, True], ids=["late writer", "early writer"])
+# (first entry, next request's first entry, tokens on the last page) in the page table of one request, before and after the previous kernel.
+# The kernel takes any number of tokens on the last page: the writer below cannot write numbers between 0 and 128.
+REWRITES = {
+    "other pages": ((0, 150, 144), (0, 200, 144)),
+    "more pages": ((0, 900, 144), (0, 200, 144)),
+    "garbage": ((-5, 2**25, -9), (0, 200, 144)),
+    "nothing": ((0, 200, 144), (0, 200, 144)),
+    "no pages": ((7, 7, 16), (0, 200, 144)),
+    "to no pages": ((0, 150, 144), (200, 200, 144)),
+    "one token more on another page": ((128, 129, 144), (128, 129, 145)),
+    "one token less to the end of a page": ((128, 129, 145), (128, 129, 144)),
+    "a page more": ((128, 129, 128), (128, 130, 128)),
+    "a page to no tokens": ((128, 129, 128), (128, 129, 0)),
+    "no tokens to a page": ((128, 129, 0), (128, 129, 128)),
+    "slots for every warp to one slot": ((0, 900, 144), (128, 130, 0)),
+}
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+@pytest.mark.parametrize("writer", ["late", "early", "ordinary"])
 @pytest.mark.parametrize("tile", [tile for tile in chosen(BF16) if tile.early_metadata], ids=name_of)
-def test_metadata_written_by_the_previous_kernel(tile, writer_is_early, before):
+def test_metadata_written_by_the_previous_kernel(tile, writer, rewrite):
     """A launch whose predecessor writes its page table and lengths at the very end, long after it let this one start.
 
     The predecessor is decode itself: the V rows of each of its KV heads are all alike and hold int32 page ids as pairs of bf16 (0 and
     normal numbers), and its K is zero, so its output is exactly those ids: [32 heads x 64 words], of which 4 neighbouring heads are equal.
-    What was there ``before`` must not show, raise the status flag or be followed outside the cache.
+    What was there before must not show, raise the status flag or be followed outside the cache. An ordinary writer is a copy.
     """
     torch.manual_seed(0)
     spec, pages = spec_of(BF16), 256
+    before, after = REWRITES[rewrite]
     late = dataclasses.replace(tile, early_metadata=False, prefetch=0)
-    write, read_late, read_early = (get_kernel(t90.PATH, spec, t, HOPPER).fn for t in (tile if writer_is_early else late, late, tile))
+    write, read_late, read_early = (get_kernel(t90.PATH, spec, t, HOPPER).fn for t in (tile if writer == "early" else late, late, tile))
 
     words = torch.randint(128, pages, (8, 64), dtype=torch.int32)
-    words[0, :2] = torch.tensor([0, 200])  # the reader's kv_indptr; its page ids start with the second KV head's words
+    words[0, :3] = torch.tensor(after)  # the reader's kv_indptr and kv_last_page_len; its page ids start with the second KV head's words
     v_words = words.cuda().view(BF16).expand(512, 16, 8, 128).contiguous()
+    written = words.cuda().repeat_interleave(4, dim=0).view(-1)
     k_zero = torch.zeros_like(v_words)
     k, v = (torch.randn(pages, 16, 8, 128, device="cuda").bfloat16() for _ in range(2))
     q = torch.randn(1, 32, 128, device="cuda").bfloat16()
     table = torch.empty_like(q)
     metadata = table.view(torch.int32).view(-1)
-    old = torch.randint(0, 128, (2048,), dtype=torch.int32, device="cuda")
-    if before == "garbage":
+    old = written.clone() if rewrite == "nothing" else torch.randint(0, 128, (2048,), dtype=torch.int32, device="cuda")
+    if rewrite == "garbage":
         old.random_(-(2**31), 2**31 - 1)
-    old[:2] = torch.tensor({"other pages": [0, 150], "more pages": [0, 900], "no pages": [7, 7], "garbage": [-5, 2**25]}[before])
+    old[:3] = torch.tensor(before)
 
     status = torch.zeros(4, dtype=torch.int32, device="cuda")
     last, ids = torch.tensor([16], dtype=torch.int32, device="cuda"), torch.arange(512, dtype=torch.int32, device="cuda")
@@ -172,21 +192,26 @@ def test_metadata_written_by_the_previous_kernel(tile, writer_is_early, before):
     rest = (*(None,) * 7, status, 128**-0.5, 1.0, 0.0, 1.0, 1.0, math.log2(1e4), -1, 1, 132)
 
     def run_writer() -> None:
-        write(q, k_zero, v_words, table, None, None, indptr, ids, last, *rest)
+        if writer == "ordinary":
+            metadata.copy_(written)
+        else:
+            write(q, k_zero, v_words, table, None, None, indptr, ids, last, *rest)
 
     def run_reader(kernel: Any, out: torch.Tensor) -> torch.Tensor:
-        kernel(q, k, v, out, None, None, metadata[:2], metadata[256:1280], last, *rest)
+        kernel(q, k, v, out, None, None, metadata[:2], metadata[256:1280], metadata[2:3], *rest)
         return out
 
     metadata.copy_(old)
-    if before in ("other pages", "more pages"):
+    if rewrite != "garbage":
         stale = run_reader(read_late, torch.empty_like(q))
     run_writer()
     torch.cuda.synchronize()
-    assert torch.equal(metadata.view(32, 64)[::4].cpu(), words), "the writer must write what this test is about"
+    assert torch.equal(metadata, written), "the writer must write what this test is about"
     fresh = run_reader(read_late, torch.empty_like(q))
-    if before in ("other pages", "more pages"):
-        assert not torch.equal(fresh, stale)
+    if rewrite != "garbage":
+        assert torch.equal(fresh, stale) == (rewrite == "nothing")
+    if after[0] == after[1]:
+        assert not fresh.any()
 
     out = torch.empty_like(q)
     for launch in range(20):

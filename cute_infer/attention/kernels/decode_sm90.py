@@ -4,8 +4,8 @@
 
 What a CTA owns
     An item is a request and ``heads_per_item`` neighbouring KV heads (and, for groups beyond 8 * head_tiles query heads, one block of
-    the group). A cluster of C CTAs shares an item: its tokens are cut into slots of T tokens and dealt round-robin to the C * W / HP
-    warps that serve a head. No plan, no tickets, no scratch in global memory: lengths and page tables are read live.
+    the group). A cluster of C CTAs shares an item: its tokens are cut into slots of T tokens, and each of the C * W / HP warps that
+    serve a head takes a run of them. No plan, no tickets, no scratch in global memory: lengths and page tables are read live.
 
 Roles
     All warps are alike. A warp owns a ring of S slots (K and V of T tokens each), looks up its page ids one load ahead, issues its
@@ -17,7 +17,7 @@ Barriers
     full[warp][slot]    mbarrier: 1 arrival + the bytes of both slots (TMA), or 32 arrivals, each after a lane's copies (gather);
                         its phase is the lap of the ring
     cluster barrier     arrive on entry: "my shared memory exists"; waited for just before the first remote store
-    CTA barrier         every warp's partial result lies in shared memory
+    CTA barrier         every warp's partial result lies in shared memory; early metadata: so do the lengths that three threads looked up
     arrived             mbarrier: 1 arrival + the bytes of all slices and row statistics that this CTA receives from its cluster. Once it
                         turns, nobody writes to this CTA any more, so it may finish and leave
 
@@ -174,6 +174,15 @@ class DecodeSm90:
             if warp == 0:
                 cpasync.prefetch_descriptor(k_load)
                 cpasync.prefetch_descriptor(v_load)
+        if const_expr(not tile.early_metadata and tile.lets_go != "never"):
+            cute.arch.griddepcontrol_wait()
+        item = self.work.find_item(num_splits, q, kv_indptr, window_left, lane)
+        if const_expr(tile.early_metadata):
+            word = self.work.ask_early_lengths(item, kv_indptr, kv_last_page_len, thread)
+        else:
+            lengths = self.work.lengths(item, kv_indptr, kv_last_page_len)
+
+        # set up while the lengths are on their way
         shared = self.layout.allocate(SmemAllocator(), k_ring, v_ring, warp)
         full = shared.full
         if lane == 0:
@@ -189,12 +198,10 @@ class DecodeSm90:
                 cute.arch.mbarrier_arrive_and_expect_tx(shared.arrived, self.merge.bytes_from_peers(rank))
             cute.arch.cluster_arrive_relaxed()
 
-        if const_expr(not tile.early_metadata and tile.lets_go != "never"):
-            cute.arch.griddepcontrol_wait()
-
-        item = self.work.find_item(num_splits, q, kv_indptr, window_left, lane)
+        if const_expr(tile.early_metadata):
+            lengths = self.work.share_early_lengths(word, shared.s_lengths, thread)
         position = rank * layout.warps_per_head + warp // tile.heads_per_item
-        work = self.work.find_work(item, k, kv_indptr, kv_last_page_len, window_left, num_splits, position, warp)
+        work = self.work.find_work(item, k, lengths, kv_indptr, window_left, num_splits, position, warp)
         ids = self.work.load_page_ids(work, kv_indices, Int32(0), lane)
         next_ids = self.work.load_page_ids(work, kv_indices, Int32(self.id_steps), lane)
 
@@ -207,14 +214,18 @@ class DecodeSm90:
             copies = BoxCopies(*k_copies, *v_copies)
         slot, lap = Int32(0), Int32(0)
         if const_expr(tile.early_metadata):
-            bounded = self.work.bound_page_ids(work, ids)
-            self.load.prefetch_ring(copies, work, bounded)
+            sources = self.load.ring_sources(work, self.work.bound_page_ids(work, ids))
+            self.load.prefetch_ring(copies, work, sources)
             cute.arch.griddepcontrol_wait()
-            self.load.fill_ring(copies, full, work, bounded, warp, lane)
-            guess, work = work, self.work.find_work(item, k, kv_indptr, kv_last_page_len, window_left, num_splits, position, warp, True)
-            ids_now = self.work.load_page_ids(guess, kv_indices, Int32(0), lane, True)
-            next_ids_now = self.work.load_page_ids(guess, kv_indices, Int32(self.id_steps), lane, True)
+            self.load.fill_ring(copies, full, work, sources, warp)
+            # The second look and q are asked for together and used below: a warp issues in order, so using the one before asking for the
+            # other would put two trips to memory behind the copies instead of one.
+            lengths = self.work.lengths(item, kv_indptr, kv_last_page_len)
+            ids_now = self.work.load_page_ids(work, kv_indices, Int32(0), lane, True)
+            next_ids_now = self.work.load_page_ids(work, kv_indices, Int32(self.id_steps), lane, True)
+            q_words = self.query.ask_q(q, item, work.kv_head, lane)
         else:
+            q_words = self.query.ask_q(q, item, work.kv_head, lane)  # behind the page ids, ahead of the copies
             ids = self.work.check_page_ids(work, ids, status)
             for i in cutlass.range_constexpr(tile.stages):
                 if i < work.count:
@@ -229,9 +240,9 @@ class DecodeSm90:
                 cute.arch.griddepcontrol_launch_dependents()
 
         factor, slope = self.query.softmax_factors(item, work.kv_head, q, k_scale, sm_scale, soft_cap, lane)
-        r_q = self.query.load_q(q, item, work.kv_head, factor, lane)
         if warp == 0:
             self.query.load_row_constants(shared.s_row, item, out, sinks, v_scale, out_scale, lane)
+        r_q = self.query.pack_q(q_words, item, work.kv_head, Int32(q.shape[1]), factor, lane)
         k_lane, v_lane = layout.lane_offsets(lane)
         o = cute.make_rmem_tensor(self.spec.head_dim_vo // 4 * self.head_tiles, Float32)
         o.fill(0.0)
@@ -240,16 +251,17 @@ class DecodeSm90:
         total.fill(0.0)
 
         if const_expr(tile.early_metadata):
+            guess, work = work, self.work.find_work(item, k, lengths, kv_indptr, window_left, num_splits, position, warp)
             stale = guess.origin != work.origin or guess.end != work.end or ids != ids_now or next_ids != next_ids_now
             if cute.arch.vote_ballot_sync(stale) != 0:  # the previous kernel wrote the metadata: drop what was fetched, fetch again
                 self.load.drain_ring(full, guess)
                 lap = Int32(1)
                 ids = self.work.load_page_ids(work, kv_indices, Int32(0), lane, True)
                 next_ids = self.work.load_page_ids(work, kv_indices, Int32(self.id_steps), lane, True)
-                self.load.fill_ring(copies, full, work, self.work.bound_page_ids(work, ids), warp, lane)
+                self.load.fill_ring(copies, full, work, self.load.ring_sources(work, self.work.bound_page_ids(work, ids)), warp)
             ids = self.work.check_page_ids(work, ids, status)
         for step in cutlass.range(work.count, unroll=1):
-            token = (work.first_slot + step * work.stride) * tile.tokens
+            token = (work.first_slot + step) * tile.tokens
             cute.arch.mbarrier_wait(full + slot, lap)  # K and V of this slot have landed
             k_address = ring_address + Uint32(slot * (layout.k_slot + layout.v_slot))
             v_address = k_address + Uint32(layout.k_slot)

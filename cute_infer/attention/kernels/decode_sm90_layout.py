@@ -4,6 +4,7 @@
     s_sum     (maximum, sum) of every head and warp
     s_row     (factor of the output, base-2 logit of the sink) of every output row
     full      an mbarrier for every slot        arrived    one for all that the cluster sends
+    s_lengths (early metadata) kv_indptr of the request and the next, and kv_last_page_len, as three threads found them
     s_slice   this CTA's share of the outputs from every CTA of the cluster        s_peer    (maximum, sum) of every row and CTA
 
 A slot holds T tokens. A row (one token of one head) is cut into panels of 128, 64 or 32 bytes, the widest that divides it, and stored with
@@ -41,7 +42,7 @@ SWIZZLES = {
 
 
 class Shared(NamedTuple):
-    """One CTA's shared memory: see the module docstring. ``s_slice`` and ``s_peer`` are None where the CTA is alone."""
+    """One CTA's shared memory: see the module docstring. What a tile has no use for is None."""
 
     ring: cute.Pointer
     s_k: cute.Tensor
@@ -49,6 +50,7 @@ class Shared(NamedTuple):
     s_o: cute.Tensor
     s_sum: cute.Tensor
     s_row: cute.Tensor
+    s_lengths: object
     full: cute.Pointer
     arrived: cute.Pointer
     s_slice: object
@@ -89,7 +91,9 @@ class DecodeLayout:
         s_sum = memory.allocate_tensor(Float32, cute.make_layout((2, self.heads, tile.warps)), byte_alignment=16)
         s_row = memory.allocate_tensor(Float32, cute.make_layout((2, self.rows)), byte_alignment=16)
         barriers = memory.allocate_array(Int64, tile.warps * tile.stages + 1)
-        s_slice, s_peer = None, None
+        s_lengths, s_slice, s_peer = None, None, None
+        if const_expr(tile.early_metadata):
+            s_lengths = memory.allocate_tensor(Int32, cute.make_layout(3), byte_alignment=16)
         if const_expr(tile.cluster > 1):
             s_slice = memory.allocate_tensor(Float32, cute.make_layout((self.slice, tile.cluster)), byte_alignment=16)
             s_peer = memory.allocate_tensor(Float32, cute.make_layout((2, self.rows, tile.cluster)), byte_alignment=16)
@@ -100,6 +104,7 @@ class DecodeLayout:
             s_o=cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), partial),  # over the rings, once they are read
             s_sum=s_sum,
             s_row=s_row,
+            s_lengths=s_lengths,
             full=barriers + warp * tile.stages,
             arrived=barriers + tile.warps * tile.stages,
             s_slice=s_slice,

@@ -44,23 +44,27 @@ class DecodeLoad:
         self.gathers, self.boxes, self.box_tokens, self.id_steps = layout.gathers, layout.boxes, layout.box_tokens, layout.id_steps
 
     # --------------------------------------------------------------------------------------------------------------------------------- ring
+    def ring_sources(self, work: Work, ids: Int32) -> tuple:
+        """Where the boxes of the first steps come from, step by step, as far as ``ids`` are asked for before the main loop."""
+        steps = max(self.tile.stages, self.tile.prefetch)
+        return tuple(tuple(self.box_source(work, ids, Int32(i), box) for box in range(self.boxes)) for i in range(steps))
+
     @cute.jit
-    def prefetch_ring(self, copies, work: Work, ids: Int32):
+    def prefetch_ring(self, copies, work: Work, sources):
         """Ask L2 for the first ``prefetch`` slots. Only a hint: L2 is where every kernel's writes meet, so nothing stale can be kept."""
         for i in cutlass.range_constexpr(self.tile.prefetch):
             if i < work.count:
                 for box in cutlass.range_constexpr(self.boxes):
-                    source = self.box_source(work, ids, Int32(i), box)
                     with cute.arch.elect_one():
-                        cute.prefetch(copies.k_load, copies.k_from[None, source])
-                        cute.prefetch(copies.v_load, copies.v_from[None, source])
+                        cute.prefetch(copies.k_load, copies.k_from[None, sources[i][box]])
+                        cute.prefetch(copies.v_load, copies.v_from[None, sources[i][box]])
 
     @cute.jit
-    def fill_ring(self, copies, full: cute.Pointer, work: Work, ids: Int32, warp: Int32, lane: Int32):
-        """Start the copies of the first steps, all of whose page ids are in ``ids``."""
+    def fill_ring(self, copies, full: cute.Pointer, work: Work, sources, warp: Int32):
+        """Start the copies of the first steps, from :meth:`ring_sources`."""
         for i in cutlass.range_constexpr(self.tile.stages):
             if i < work.count:
-                self.fill(copies, full, work, ids, Int32(i), Int32(i), warp, lane)
+                self.fill_boxes(copies, full, sources[i], Int32(i), warp)
 
     @cute.jit
     def drain_ring(self, full: cute.Pointer, work: Work):
@@ -79,9 +83,8 @@ class DecodeLoad:
             self.copy_rows(copies, work, ids, step, slot, lane)
             cute.arch.cp_async_mbarrier_arrive_noinc(full + slot)  # this lane arrives when its copies are complete
         else:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.tile.tokens * (self.k_rows.bytes + self.v_rows.bytes))
-            self.copy_boxes(copies, full, work, ids, step, slot, warp)
+            sources = tuple(self.box_source(work, ids, step, box) for box in range(self.boxes))
+            self.fill_boxes(copies, full, sources, slot, warp)
 
     # -------------------------------------------------------------------------------------------------------------------------------- boxes
     @cute.jit
@@ -94,10 +97,12 @@ class DecodeLoad:
         return load, source, to
 
     @cute.jit
-    def copy_boxes(self, copies: BoxCopies, full: cute.Pointer, work: Work, ids: Int32, step: Int32, slot: Int32, warp: Int32):
+    def fill_boxes(self, copies: BoxCopies, full: cute.Pointer, sources, slot: Int32, warp: Int32):
         """One TMA box of K and one of V per page (or per slot, where a page holds several)."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, self.tile.tokens * (self.k_rows.bytes + self.v_rows.bytes))
         for box in cutlass.range_constexpr(self.boxes):
-            source, to = self.box_source(work, ids, step, box), (slot, warp)
+            source, to = sources[box], (slot, warp)
             for load, src, dst in ((copies.k_load, copies.k_from, copies.k_to), (copies.v_load, copies.v_from, copies.v_to)):
                 if const_expr(self.tile.evict_first):
                     cute.copy(load, src[None, source], dst[None, box, to], tma_bar_ptr=full + slot, cache_policy=Int64(EVICT_FIRST))
@@ -108,7 +113,7 @@ class DecodeLoad:
     def box_source(self, work: Work, ids: Int32, step: Int32, box: cutlass.Constexpr):
         """Where a box of a step comes from: (box of the page or of the request, 0, 0, KV head, page)."""
         spec = self.spec
-        token_box, page = work.first_slot + step * work.stride, Int32(0)
+        token_box, page = work.first_slot + step, Int32(0)
         if const_expr(spec.kv_layout == "paged"):
             token_box = token_box % (spec.page_size // self.box_tokens) if spec.page_size > self.box_tokens else Int32(0)
             page = cute.arch.shuffle_sync(ids, (step % self.id_steps) * self.boxes + box)
@@ -119,7 +124,7 @@ class DecodeLoad:
     def copy_rows(self, copies: RowCopies, work: Work, ids: Int32, step: Int32, slot: Int32, lane: Int32):
         """Gather: 16-byte pieces of the slot's rows, neighbouring lanes on neighbouring pieces, into the layout TMA would have written."""
         page_size, tokens = self.spec.page_size, self.tile.tokens
-        first_token = (work.first_slot + step * work.stride) * tokens
+        first_token = (work.first_slot + step) * tokens
         address = copies.ring_address + Uint32(slot * (self.k_slot + self.v_slot))
         for cache, rows, start in ((copies.k, self.k_rows, 0), (copies.v, self.v_rows, self.k_slot)):
             pieces, per_panel = rows.bytes // 16, rows.panel_bytes // 16

@@ -52,8 +52,26 @@ class DecodeQuery:
         return factor, slope
 
     @cute.jit
-    def load_q(self, q: cute.Tensor, item: Item, kv_head: Int32, factor: cute.Tensor, lane: Int32):
-        """Q^T as mma operand B, [b0 b1, d tile, head tile]: column = head lane / 4, rows = d.
+    def ask_q(self, q: cute.Tensor, item: Item, kv_head: Int32, lane: Int32):
+        """This lane's elements of the query rows, [4, d tile, head tile], as they are: loads that nothing has waited for yet."""
+        d_tiles = self.spec.head_dim_qk // 16
+        x = cute.make_rmem_tensor(cute.make_layout((4, d_tiles, self.head_tiles)), q.element_type)
+        column, quad = lane // 4, lane % 4
+        for tile in cutlass.range_constexpr(self.head_tiles):
+            head, exists = self.query_head(item, kv_head, tile * COLUMNS + column)
+            row = q[item.request, head if exists and head < q.shape[1] else 0, None]
+            for d in cutlass.range_constexpr(d_tiles):
+                if const_expr(self.fp8):  # d = 16 j + 4 t + 0..3, as the converted K holds them
+                    cute.autovec_copy(cute.local_tile(row, (4,), (d * 4 + quad,)), x[None, d, tile])
+                else:  # d = 16 j + 2 t + 0..1 and 8 further
+                    for half in cutlass.range_constexpr(2):
+                        pair = cute.local_tile(row, (2,), (d * 8 + half * 4 + quad,))
+                        cute.autovec_copy(pair, cute.local_tile(x[None, d, tile], (2,), (half,)))
+        return x
+
+    @cute.jit
+    def pack_q(self, x: cute.Tensor, item: Item, kv_head: Int32, num_heads: Int32, factor: cute.Tensor, lane: Int32):
+        """:meth:`ask_q`'s elements as mma operand B (Q^T), [b0 b1, d tile, head tile]: column = head lane / 4, rows = d.
 
         The softmax compares raw scores and needs a positive factor: the sign of the scale moves into q, a zero scale becomes a tiny one.
         """
@@ -65,20 +83,11 @@ class DecodeQuery:
             factor[i] = cute.arch.fmax(factor[i] if factor[i] > 0.0 else -factor[i], Float32(1e-30))
         for tile in cutlass.range_constexpr(self.head_tiles):
             head, exists = self.query_head(item, kv_head, tile * COLUMNS + column)
-            exists = exists and head < q.shape[1]
-            row = q[item.request, head if exists else 0, None]
-            x = cute.make_rmem_tensor(cute.make_layout((4, d_tiles)), q.element_type)
-            for d in cutlass.range_constexpr(d_tiles):
-                if const_expr(self.fp8):  # d = 16 j + 4 t + 0..3, as the converted K holds them
-                    cute.autovec_copy(cute.local_tile(row, (4,), (d * 4 + quad,)), x[None, d])
-                else:  # d = 16 j + 2 t + 0..1 and 8 further
-                    for half in cutlass.range_constexpr(2):
-                        pair = cute.local_tile(row, (2,), (d * 8 + half * 4 + quad,))
-                        cute.autovec_copy(pair, cute.local_tile(x[None, d], (2,), (half,)))
+            exists = exists and head < num_heads
             if const_expr(self.rescale_q):
-                pairs = self.to_half(x, factor, tile, column, quad)
+                pairs = self.to_half(x[None, None, tile], factor, tile, column, quad)
             else:
-                pairs = cute.recast_tensor(x, Uint32)
+                pairs = cute.recast_tensor(x[None, None, tile], Uint32)
             for d in cutlass.range_constexpr(d_tiles):
                 for half in cutlass.range_constexpr(2):
                     pair = pairs[half, d] ^ sign

@@ -1,7 +1,8 @@
 """What a CTA and a warp of the Hopper decode kernel have to do, from the live metadata: item, tokens, page ids.
 
-Nothing is planned. A warp reads kv_indptr and kv_last_page_len of its request, deals the slots of the item round-robin over the cluster's
-warps of one head, and looks its page ids up, 32 boxes to a coalesced load.
+Nothing is planned. A warp reads kv_indptr and kv_last_page_len of its request, takes its share of the item's slots, and looks its page ids
+up, 32 boxes to a load. The shares are runs of neighbouring slots: the ids of a run lie side by side, in a few sectors instead of one each.
+Early lengths, which must not stay in L1, are looked up once per CTA: from every warp, the same words would be asked of one slice of L2.
 """
 
 from typing import NamedTuple
@@ -24,12 +25,11 @@ class Item(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one warp streams: slots ``first_slot, first_slot + stride, ...``, ``count`` of them, counted from token 0 of the request."""
+    """What one warp streams: ``count`` slots from ``first_slot`` on, counted from token 0 of the request."""
 
     request: Int32
     kv_head: Int32
     first_slot: Int32
-    stride: Int32
     count: Int32
     begin: Int32  # first token that may be seen
     end: Int32  # one past the last
@@ -105,25 +105,13 @@ class DecodeWork:
 
     # ------------------------------------------------------------------------------------------------------------------------------- tokens
     @cute.jit
-    def find_work(
-        self,
-        item: Item,
-        k: cute.Tensor,
-        kv_indptr,
-        kv_last_page_len,
-        window_left: Int32,
-        num_splits: Int32,
-        position: Int32,
-        warp: Int32,
-        settled: cutlass.Constexpr = False,
-    ):
-        """This warp's share, from the live lengths: the slots of the item, dealt round-robin over the cluster's warps of one head."""
+    def find_work(self, item: Item, k, lengths, kv_indptr, window_left: Int32, num_splits: Int32, position: Int32, warp: Int32):
+        """The share of the ``position``-th of the cluster's warps of one head; ``lengths`` (of paged KV) as :meth:`lengths` gives them."""
         spec, tile = self.spec, self.tile
         origin, end = Int32(0), Int32(0)
         if const_expr(spec.kv_layout == "paged"):
-            origin = self.look_up(kv_indptr, item.request, settled)
-            pages = self.look_up(kv_indptr, item.request + 1, settled) - origin
-            last = self.look_up(kv_last_page_len, item.request, settled)
+            origin, following, last = lengths
+            pages = following - origin
             end = (pages - 1) * spec.page_size + last if pages > 0 else Int32(0)
         elif const_expr(spec.kv_layout == "ragged"):
             origin = kv_indptr[item.request]
@@ -141,12 +129,42 @@ class DecodeWork:
             share = cute.ceil_div(slots_end - slots_begin, num_splits)
             slots_begin = slots_begin + item.split * share
             slots_end = slots_begin + share if slots_begin + share < slots_end else slots_end
-        stride = tile.cluster * self.warps_per_head
-        first = slots_begin + position
-        count = cute.ceil_div(slots_end - first, stride) if slots_end > first else Int32(0)
+        slots = slots_end - slots_begin if slots_end > slots_begin else Int32(0)
+        workers = tile.cluster * self.warps_per_head
+        share, rest = slots // workers, slots % workers  # the first ``rest`` warps take one slot more
+        first = slots_begin + position * share + (position if position < rest else rest)
+        count = share + 1 if position < rest else share
         if const_expr(tile.heads_per_item > 1):
             count = count if kv_head < k.shape[2] else Int32(0)
-        return Work(item.request, kv_head, first, Int32(stride), count, begin, end, origin, Int32(k.shape[0]))
+        return Work(item.request, kv_head, first, count, begin, end, origin, Int32(k.shape[0]))
+
+    # ----------------------------------------------------------------------------------------------------------------------------- metadata
+    @cute.jit
+    def lengths(self, item: Item, kv_indptr, kv_last_page_len):
+        """(First entry of the request, of the next one, tokens on the last page); None where KV has no pages."""
+        found = None
+        if const_expr(self.spec.kv_layout == "paged"):
+            first, following = self.look_up(kv_indptr, item.request, True), self.look_up(kv_indptr, item.request + 1, True)
+            found = first, following, self.look_up(kv_last_page_len, item.request, True)
+        return found
+
+    @cute.jit
+    def ask_early_lengths(self, item: Item, kv_indptr, kv_last_page_len, thread: Int32):
+        """A word of :meth:`lengths` for each of a CTA's first three threads, before the programmatic dependency has resolved."""
+        word = Int32(0)
+        if thread < 3:
+            entry = (kv_indptr.iterator + item.request + thread).toint()
+            last = (kv_last_page_len.iterator + item.request).toint()
+            word = load_fresh(entry if thread < 2 else last)
+        return word
+
+    @cute.jit
+    def share_early_lengths(self, word: Int32, s_lengths: cute.Tensor, thread: Int32):
+        """What :meth:`ask_early_lengths` found, for all threads of the CTA."""
+        if thread < 3:
+            s_lengths[thread] = word
+        cute.arch.sync_threads()
+        return s_lengths[0], s_lengths[1], s_lengths[2]
 
     @cute.jit
     def look_up(self, metadata: cute.Tensor, index: Int32, settled: cutlass.Constexpr):
@@ -163,7 +181,7 @@ class DecodeWork:
         """Page ids of ``id_steps`` steps from ``step`` on: lane = (step, box or token). What lies outside [begin, end) is not looked up."""
         ids = Int32(NO_PAGE)
         if const_expr(self.spec.kv_layout == "paged"):
-            slot = work.first_slot + (step + lane // self.ids_per_step) * work.stride
+            slot = work.first_slot + step + lane // self.ids_per_step
             token = slot * self.tile.tokens + (lane % self.ids_per_step) * self.tokens_per_id
             entry = work.origin + token // self.spec.page_size
             if token < work.end and token + self.tokens_per_id > work.begin:
