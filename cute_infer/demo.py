@@ -1,6 +1,6 @@
 """The quick start's complete demo, on whatever is here: the first CUDA device, or the CPU through the reference backend.
 
-    python -m cute_infer demo        or        from cute_infer.demo import main; main()
+python -m cute_infer demo        or        from cute_infer.demo import main; main()
 """
 
 from __future__ import annotations

@@ -80,10 +80,10 @@ class UntrustedCacheError(CacheError):
 def message(what: str, got: object = None, expected: object = None, fix: str | None = None) -> str:
     """Word an error: one line that says what, then what came, what was expected and what to do.
 
-        run(): q has 32 query heads but plan() was called with num_qo_heads=64
-          got:      q [7, 32, 128] bfloat16 cuda:0
-          expected: q [batch_size=7, num_qo_heads=64, head_dim=128]
-          fix:      call plan() again with num_qo_heads=32, or pass the full query
+    run(): q has 32 query heads but plan() was called with num_qo_heads=64
+      got:      q [7, 32, 128] bfloat16 cuda:0
+      expected: q [batch_size=7, num_qo_heads=64, head_dim=128]
+      fix:      call plan() again with num_qo_heads=32, or pass the full query
     """
     lines = [what]
     if got is not None:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UnsupportedConfigError, fail
-from . import tiles_decode_sm80, tiles_decode_sm90, tiles_prefill_sm80, tiles_prefill_sm90, tiles_prefill_sm90_fp8
+from . import tiles_decode_sm80, tiles_decode_sm90, tiles_prefill_sm80, tiles_prefill_sm90, tiles_prefill_sm90_fp8, tiles_prefill_sm90_kv8
 from .lengths import UNKNOWN, KvLens
 from .spec import AttentionSpec
 
@@ -59,7 +59,7 @@ class Choice(NamedTuple):
 # Newest architecture first: the SM80 kernels run on everything later and are the fallback for what the SM90 kernels refuse.
 CANDIDATES: dict[str, tuple[ModuleType, ...]] = {
     "decode": (tiles_decode_sm90, tiles_decode_sm80),
-    "prefill": (tiles_prefill_sm90, tiles_prefill_sm90_fp8, tiles_prefill_sm80),
+    "prefill": (tiles_prefill_sm90, tiles_prefill_sm90_kv8, tiles_prefill_sm90_fp8, tiles_prefill_sm80),
 }
 
 

@@ -201,7 +201,7 @@ def choose(spec: AttentionSpec, target: Target, hints: Hints) -> DecodeSm90Tile:
         # 1 x 512, 2048, 8192: 2.50, 4.89, 10.75, without prefetch 2.68, 4.84, 11.15. After an ordinary kernel 2048, 8192: 8.2, 14.3,
         # without 7.9, 14.0. fp8 1 x 2048, 8192: 3.60, 7.62, without 3.90, 8.09.
         return _tile(spec, 8, DEEP, early=True, prefetch=3)
-    # For 2 to 4 requests early costs nothing after an ordinary kernel, prefetch does: 2 x 2048 8.7 instead of 8.2, 4 x 512 7.3 instead of 6.6.
+    # For 2 to 4 requests early costs nothing after an ordinary kernel; prefetch does: 2 x 2048 8.7, without 8.2; 4 x 512 7.3, without 6.6.
     # fp8 4 x 2048: 7.18, early 7.19, after an ordinary kernel 8.9, early 9.3.
     if items <= sms // 6:  # 2 x 2048, 8192: 6.55, 18.08, not early 7.17, 18.82; after an ordinary kernel 8.21, 20.12, 8.33, 20.16
         return _tile(spec, 8, CROWDED, early=bf16)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..checks import check_tensor
-from ..errors import ShapeError, fail
+from ..errors import DTypeError, ShapeError, fail
 from . import ops as _ops
 from .params import FLOATS, Param, check_rows, is_traced, per_row
 
@@ -18,9 +18,9 @@ def _rewrite(
     check_rows(call, name, x)
     rows = x.shape[0]
     filters: tuple[Any, ...] = (
-        *per_row(temperature, torch.float32, rows, x, None),
-        *per_row(top_k, torch.int32, rows, x, None),
-        *per_row(top_p, torch.float32, rows, x, None),
+        *per_row(temperature, torch.float32, rows, x, None, call, "temperature"),
+        *per_row(top_k, torch.int32, rows, x, None, call, "top_k"),
+        *per_row(top_p, torch.float32, rows, x, None, call, "top_p"),
     )
     run = torch.ops.cute_infer.rewrite_rows if is_traced(x) else _ops.rewrite
     return run(x, output, name == "probs", *filters)
@@ -83,6 +83,8 @@ def top_k(
         dsa_graph_safe: accepted; no call waits for the device.
     """
     check_tensor("top_k()", "input", input, {"rows": None, "length": None}, dtypes=FLOATS)
+    if not isinstance(k, int):
+        fail(DTypeError, "top_k(): k must be an int", got=repr(k)[:80])
     if not 0 < k <= input.shape[1]:
         fail(ShapeError, f"top_k(): k={k} is not in 1..{input.shape[1]}", fix="shorten k or the request")
     rule = str(getattr(tie_break, "name", tie_break or "NONE")).upper()

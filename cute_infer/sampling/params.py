@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
-from ..checks import check_tensor, describe
+from ..checks import check_tensor, describe, dtype_name
 from ..errors import ConfigError, DeviceError, DTypeError, ShapeError, fail
 from .tiles import MAX_VOCAB
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+NUMBERS = frozenset((*FLOATS, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64))
+INT32_MAX = 2**31 - 1
 Param = torch.Tensor | float | int | None
 
 
@@ -38,34 +41,72 @@ def check_indices(call: str, indices: torch.Tensor | None, x: torch.Tensor) -> i
     if indices is None:
         return x.shape[0]
     check_tensor(call, "indices", indices, {"slots": None}, dtypes=(torch.int32, torch.int64), device=x.device)
+    if x.device.type == "cpu" and indices.shape[0] and not is_traced(x):
+        low, high = indices.aminmax()
+        if low < 0 or high >= x.shape[0]:
+            bad = int(low) if low < 0 else int(high)
+            fail(ConfigError, f"{call}: indices holds {bad}", expected=f"0 <= index < {x.shape[0]}, the number of rows")
     return indices.shape[0]
 
 
+def check_generator(call: str, generator: Any, x: torch.Tensor) -> None:
+    """``generator`` is None or a torch.Generator of the rows' kind of device."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        fail(DTypeError, f"{call}: generator must be a torch.Generator", got=repr(generator)[:80], fix="an int is a seed: pass seed=")
+    if generator.device.type != x.device.type:
+        fix = f"torch.Generator({x.device.type!r})"
+        fail(DeviceError, f"{call}: generator is on {generator.device} but the rows are on {x.device}", fix=fix)
+
+
+def number(call: str, name: str, value: Any, is_float: bool) -> float | int:
+    """A finite number; whole ones are brought into int32, where every value beyond any vocabulary means the same."""
+    if not isinstance(value, (float, int)):
+        try:
+            value = value.__float__()  # NumPy's and other numbers; text has no such method
+        except AttributeError:
+            fail(DTypeError, f"{call}: {name} must be a number or a tensor", got=repr(value)[:80])
+    if value - value != 0:
+        fail(ConfigError, f"{call}: {name} is {value}", expected="a finite number", fix=f"leave {name} out to switch it off")
+    return float(value) if is_float else min(max(int(value), -1), INT32_MAX)
+
+
 def per_row(
-    value: Param, dtype: torch.dtype, slots: int, x: torch.Tensor, indices: torch.Tensor | None
+    value: Param,
+    dtype: torch.dtype,
+    slots: int,
+    x: torch.Tensor,
+    indices: torch.Tensor | None,
+    call: str = "sampling",
+    name: str = "the parameter",
 ) -> tuple[torch.Tensor | None, float | int | None]:
     """A parameter as (tensor ``[slots]``, None), (None, number) or (None, None).
 
     With ``indices`` a tensor may have one value per output row or one per input row.
 
     Raises:
-        ShapeError with FlashInfer's texts; DeviceError.
+        ShapeError with FlashInfer's texts; DeviceError; DTypeError or ConfigError for what is no finite number.
     """
     if value is None:
         return None, None
     if not isinstance(value, torch.Tensor):
-        return None, float(value) if dtype.is_floating_point else int(value)
+        return None, number(call, name, value, dtype.is_floating_point)
     what = "the sampling parameter"
     if value.dim() == 0:
         raise ShapeError(f"Expected a 1D tensor of shape (batch_size,) or scalar for {what}, but got a 0-dimensional tensor.")
     if value.dim() > 1:
         raise ShapeError(f"Expected a 1D tensor or scalar for {what}, but got a {value.dim()}D tensor.")
+    if value.dtype not in NUMBERS:
+        fail(DTypeError, f"{call}: {name} has dtype {dtype_name(value.dtype)}", got=describe(name, value), expected=dtype_name(dtype))
     if value.device != x.device:
         fail(DeviceError, f"{what} is on another device than the rows", got=f"{value.device}, {x.device}", fix="move it or pass a number")
     if indices is not None and value.shape[0] != slots and value.shape[0] == x.shape[0]:
         value = value[indices.long()]
     if value.shape[0] != slots:
         raise ShapeError(f"Sampling parameter tensor batch size mismatch: expected length {slots}, got {value.shape[0]}.")
+    if value.dtype == torch.int64 and dtype == torch.int32:
+        value = value.clamp(-1, INT32_MAX)
     return value.to(dtype), None
 
 
@@ -76,6 +117,11 @@ def random_start(
     if value is None:
         return None, None, False
     if not isinstance(value, torch.Tensor):
+        if not isinstance(value, int):
+            try:
+                value = operator.index(value)
+            except TypeError:
+                fail(DTypeError, f"{call}: {name} must be an int or an integer tensor", got=repr(value)[:80])
         return None, signed64(int(value)), False
     if value.dtype not in (torch.int32, torch.int64, torch.uint64):
         fail(DTypeError, f"{call}: {name} must be an integer tensor", got=describe(name, value), expected="int64 [1] or [rows]")

@@ -22,7 +22,7 @@ import torch
 
 from ..errors import LayoutError, fail
 from . import ops as _ops
-from .params import Param, check_indices, check_rows, is_traced, per_row, random_start
+from .params import Param, check_generator, check_indices, check_rows, is_traced, per_row, random_start
 from .spelling import short_spelling
 
 ORDERS = ("top_k_first", "joint")
@@ -51,12 +51,13 @@ def _draw(
     """Check everything once and call the op."""
     check_rows(call, "probs" if is_probs else "logits", x, check_nan)
     slots = check_indices(call, indices, x)
+    check_generator(call, generator, x)
     f32 = torch.float32
     filters: tuple[Any, ...] = (
-        *per_row(temperature, f32, slots, x, indices),
-        *per_row(top_k, torch.int32, slots, x, indices),
-        *per_row(top_p, f32, slots, x, indices),
-        *per_row(min_p, f32, slots, x, indices),
+        *per_row(temperature, f32, slots, x, indices, call, "temperature"),
+        *per_row(top_k, torch.int32, slots, x, indices, call, "top_k"),
+        *per_row(top_p, f32, slots, x, indices, call, "top_p"),
+        *per_row(min_p, f32, slots, x, indices, call, "min_p"),
     )
     seed_rows, seed_value, seed_per_row = random_start(call, seed, "seed", slots, x.device)
     offset_rows, offset_value, _ = random_start(call, offset, "offset", slots, x.device)

@@ -6,7 +6,7 @@ import torch
 
 from ..checks import check_tensor
 from . import ops as _ops  # noqa: F401  (registers the torch op)
-from .params import random_start
+from .params import check_generator, random_start
 
 FP32 = (torch.float32,)
 INTS = (torch.int32, torch.int64)
@@ -54,6 +54,7 @@ def chain_speculative_sampling(
     for name, counter in counters.items():
         if counter is not None:
             check_tensor(call, name, counter, {"batch": batch}, dtypes=INTS, device=device)
+    check_generator(call, generator, target_probs)
     seed_rows, seed_value, seed_per_row = random_start(call, seed, "seed", batch, device)
     offset_rows, offset_value, _ = random_start(call, offset, "offset", batch, device)
     random = (seed_rows, seed_value, offset_rows, offset_value, not seed_per_row, generator)

@@ -1,6 +1,6 @@
 """The Hopper prefill kernel's work queue, its real source run on the CPU: 32 numpy lanes stand in for the warp.
 
-Every (request, query block, head, split) is handed out exactly once for any batch, in any interleaving of CTAs.
+Every (request, query block, head, split) is handed out exactly once for any batch, in any interleaving of CTAs, whole or in all its parts.
 """
 
 from __future__ import annotations
@@ -95,28 +95,36 @@ def tickets(
     ctas=132,
     budget=None,
     numbered=False,
+    parts=1,
+    cluster=1,
     rng,
 ):
-    """{(request, block, head, split): ticket} of a batch, drawn by ``ctas`` CTAs in random interleaving; every item's words are checked."""
+    """{(request, block, head, split): ticket} of a batch, drawn by ``ctas`` CTAs in random interleaving; every item's words are checked.
+
+    An item in parts has the ticket of the first; all tickets up to the last are taken, some by parts without rows. With ``cluster`` heads
+    are pairs, and ``ctas`` counts clusters.
+    """
     spec = types.SimpleNamespace(
         group_size=group, causal=causal, page_size=PAGE if layout == "paged" else 0, kv_layout=layout, head_dim_qk=128, head_dim_vo=128,
         custom_mask=numbered, pos_encoding="NONE", window=False,
     )  # fmt: skip
-    queue = module.Queue(spec, types.SimpleNamespace(tile_q=tile_q, tile_kv=128, pack_heads=pack, split_kv=splits > 1))
+    queue = module.Queue(spec, types.SimpleNamespace(tile_q=tile_q, tile_kv=128, pack_heads=pack, split_kv=splits > 1), parts, cluster)
     if budget:
         queue.budget_tokens = budget
     rows_per_query = group if pack else 1
-    heads = kv_heads * group // rows_per_query
+    heads = kv_heads * group // rows_per_query // cluster
     q_at, pages = indptr(qo), [-(-n // PAGE) for n in kv]
     kv_at = indptr(pages if layout == "paged" else kv)
     last_page = np.array([(n - 1) % PAGE + 1 if n else 0 for n in kv])
     q_ptr, kv_ptr = (None, None) if layout == "single" else (q_at, kv_at)
-    lengths = module.Lengths(q_ptr, kv_ptr, last_page, int(q_at[-1]), sum(kv), heads, splits)
+    lengths = module.Lengths(q_ptr, kv_ptr, last_page, int(q_at[-1]), sum(kv), heads, splits, ctas)
     tables = np.full((ctas, module.COLUMNS * module.WARP), -1)
     per_section = queue.section_sizes(lengths)
     owner = {int(q_at[r]) + t: r for r in range(len(qo)) for t in range(qo[r])}
 
     seen: dict = {}
+    rows_of: dict = {}
+    handed_out: set = set()
     cursors: dict = {}
     drawn = [(cta, cta) for cta in range(ctas)]  # (CTA, ticket): the first ticket is the CTA's index
     counter = ctas
@@ -124,23 +132,35 @@ def tickets(
         cta, ticket = drawn.pop(rng.randrange(len(drawn)))
         cursor = cursors.get(cta) or queue.start(lengths, tables[cta], per_section[0])
         cursors[cta], item = queue.find(lengths, tables[cta], cursor, ticket, *per_section)
-        if item.num_rows <= 0:
+        if item.num_rows < 0:
+            continue
+        drawn.append((cta, counter))
+        counter += 1
+        handed_out.add(ticket)
+        if item.num_rows == 0:  # a part past the end of its request
+            assert queue.parts > 1
             continue
         r = owner[item.q_row]
         query = item.q_row - q_at[r]
-        block = query * rows_per_query // tile_q
-        assert query * rows_per_query == block * tile_q
-        assert item.num_rows == (qo[r] - query) * rows_per_query
+        block, row = divmod(query * rows_per_query, tile_q)
+        left = (qo[r] - query) * rows_per_query
         assert (item.kv_len, item.first_pos) == (kv[r], kv[r] - qo[r] + query)
         assert (item.query, item.request) == ((query, r) if numbered else (0, 0))
         if layout != "single":
             assert item.kv_begin == kv_at[r]
             assert item.num_pages == (pages[r] if layout == "paged" else 0)
         key = (r, block, item.head, item.split)
-        assert key not in seen, f"{key} handed out by tickets {seen[key]} and {ticket}"
-        seen[key] = ticket
-        drawn.append((cta, counter))
-        counter += 1
+        if row or item.num_rows < left:  # a part
+            part_rows = tile_q // queue.parts
+            assert queue.parts > 1 and row % part_rows == 0 and item.num_rows == min(left, part_rows)
+        else:
+            assert item.num_rows == left
+        rows_of.setdefault(key, []).append((row, item.num_rows))
+        seen[key] = min(ticket, seen.get(key, ticket))
+    for (r, block, *_), pieces in rows_of.items():
+        rows = min(tile_q, qo[r] * rows_per_query - block * tile_q)
+        covered = [row for first, count in sorted(pieces) for row in range(first, first + min(count, tile_q - first))]
+        assert covered == list(range(rows)), f"rows {pieces} of {rows}"
     expected = {
         (r, block, head, split)
         for r in range(len(qo))
@@ -149,7 +169,7 @@ def tickets(
         for split in range(splits)
     }
     assert seen.keys() == expected
-    assert sorted(seen.values()) == list(range(len(seen)))
+    assert handed_out == set(range(len(handed_out)))
     return seen
 
 
@@ -162,12 +182,32 @@ def test_every_item_once(queue, layout, seed):
         longest = rng.choice([1, 130, 700]) if batch > 5 else rng.choice([1, 130, 700, 5000])
         qo = [rng.choice([0, rng.randint(0, longest), rng.randint(0, longest)]) for _ in range(batch)]
         kv = [rng.choice([n, n + rng.randint(0, 3000), rng.randint(0, 2 * longest)]) for n in qo]
-        group = rng.choice([1, 4, 8])
+        group, tile_q = rng.choice([1, 4, 8]), rng.choice([128, 192])
         tickets(
             queue, layout, qo, kv, rng.choice([1, 2, 3]), group, causal=rng.random() < 0.6, pack=rng.random() < 0.5,
-            splits=rng.choice([1, 1, 3]), tile_q=rng.choice([128, 192]), ctas=rng.choice([1, 3, 132]),
-            budget=rng.choice([None, 100, 3000]), numbered=rng.random() < 0.5, rng=rng,
+            splits=rng.choice([1, 1, 3]), tile_q=tile_q, ctas=rng.choice([1, 3, 132]), budget=rng.choice([None, 100, 3000]),
+            numbered=rng.random() < 0.5, parts=rng.choice([1, tile_q // 64]), rng=rng,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["single", "ragged"])
+def test_last_round_in_parts(queue, layout):
+    """Of 17 x 8 items 4 are left for a second round of 132 CTAs: 8 CTAs take half of one each. 70 left would not all find one."""
+    for blocks, in_parts in ((17, 4), (25, 68)):
+        rows = [128 * blocks - 80]  # of the last block the second half is empty; it is not in the last round
+        seen = tickets(queue, layout, rows, rows, kv_heads=2, group=4, causal=False, parts=2, rng=random.Random(0))
+        assert len(seen) == 8 * blocks
+        whole = len(seen) - (in_parts if 2 * in_parts <= 132 else 0)
+        assert sorted(seen.values()) == [*range(whole), *range(whole, whole + 2 * (len(seen) - whole), 2)]
+
+
+@pytest.mark.parametrize("layout", ["single", "paged"])
+def test_pairs_of_heads(queue, layout):
+    """Clusters of two walk a batch of 8 heads in the order in which CTAs walk one of 4 heads, sections of heads included."""
+    rows = [3000] if layout == "single" else [300, 0, 2000, 1000]
+    args = dict(causal=True, ctas=66, budget=3000)
+    pairs = tickets(queue, layout, rows, rows, 2, 4, cluster=2, rng=random.Random(0), **args)
+    assert pairs == tickets(queue, layout, rows, rows, 2, 2, rng=random.Random(1), **args)
 
 
 def test_runs_dry_on_cheap_items(queue):

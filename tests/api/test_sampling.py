@@ -6,13 +6,14 @@ import math
 import types
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 import cute_infer
 from cute_infer import errors, sampling
 from cute_infer.errors import MissingKernelError
-from cute_infer.sampling import launch, reference
+from cute_infer.sampling import launch, params, reference
 from cute_infer.sampling.tiles import MAX_VOCAB, SM80_TILES, SM90_TILES, RowSpec, choose
 
 VOCAB, DRAWS = 300, 20_000
@@ -339,6 +340,59 @@ def test_parameter_shapes(value: torch.Tensor, text: str) -> None:
     for call in (sampling.top_p_sampling_from_probs, sampling.top_p_renorm_probs, sampling.min_p_sampling_from_probs, sampling.softmax):
         with pytest.raises(ValueError, match=text):
             call(x, value)
+
+
+X = torch.zeros(3, 50)
+WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    **{
+        f"{name}={value!r}": (lambda o={name: value}: sampling.sample(X, **o), error, rf"sample\(\): {name} {text}")
+        for name in ("temperature", "top_k", "top_p", "min_p")
+        for value, error, text in (
+            ("0.5", errors.DTypeError, "must be a number"),
+            ([0.5, 0.5, 0.5], errors.DTypeError, "must be a number"),
+            (math.nan, errors.ConfigError, "is nan"),
+            (math.inf, errors.ConfigError, "is inf"),
+            (torch.zeros(3, dtype=torch.complex64), errors.DTypeError, "has dtype complex64"),
+        )
+    },
+    "softmax": (lambda: sampling.softmax(X, math.nan), errors.ConfigError, r"softmax\(\): temperature is nan"),
+    "renorm": (lambda: sampling.top_p_renorm_probs(X, "1"), errors.DTypeError, "top_p must be a number"),
+    "mask": (lambda: sampling.top_k_mask_logits(X, -math.inf), errors.ConfigError, "top_k is -inf"),
+    **{
+        f"{name}={value!r}": (lambda o={name: value}: sampling.sample(X, **o), errors.DTypeError, f"{name} must be an int")
+        for name in ("seed", "offset")
+        for value in ("1", [1, 2, 3], 1.5, math.nan)
+    },
+    "index": (lambda: sampling.sample(X, indices=torch.tensor([0, 3])), errors.ConfigError, "indices holds 3"),
+    "negative index": (lambda: sampling.sample(X, indices=torch.tensor([0, -1])), errors.ConfigError, "indices holds -1"),
+    "generator": (lambda: sampling.sample(X, generator=7), errors.DTypeError, "generator must be"),
+    "top_k of text": (lambda: sampling.top_k(X, "a"), errors.DTypeError, "k must be an int"),
+    "top_k of a float": (lambda: sampling.top_k(X, 2.5), errors.DTypeError, "k must be an int"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "text"), WRONG.values(), ids=WRONG)
+def test_values_that_are_none(call: Callable[[], object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+@pytest.mark.parametrize("k", [2**40, 2**32 + 5, -(2**40), torch.full((3,), 2**32 + 5), torch.full((3,), -(2**40))], ids=str)
+def test_a_top_k_beyond_32_bits_keeps_all(k: int | torch.Tensor) -> None:
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sampling.top_k_mask_logits(x, k), x)
+
+
+@pytest.mark.parametrize("k", [2**40, -(2**40)])
+def test_a_top_k_beyond_32_bits_fits_the_kernel(k: int) -> None:
+    _, value = params.per_row(k, torch.int32, 3, X, None)
+    assert value == (2**31 - 1 if k > 0 else -1)
+
+
+def test_numbers_of_other_kinds() -> None:
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    mine = sampling.sample(x, 0.5, 7, 0.5, seed=3)
+    assert torch.equal(sampling.sample(x, np.float32(0.5), np.int64(7), np.float16(0.5), seed=np.int32(3)), mine)
 
 
 def test_other_refusals() -> None:

@@ -12,6 +12,7 @@ from cute_infer.attention import (
     tiles_prefill_sm80,
     tiles_prefill_sm90,
     tiles_prefill_sm90_fp8,
+    tiles_prefill_sm90_kv8,
 )
 from cute_infer.attention.spec import AttentionSpec
 from cute_infer.attention.tiles import Hints
@@ -108,6 +109,15 @@ def all_cases() -> list[Case]:
     prefill("ALiBi, custom mask, soft cap, sinks", pos_encoding="ALIBI", custom_mask=True, soft_cap=True, sinks=True)
     prefill("ALiBi, d64, single", pos_encoding="ALIBI", head_dim_qk=64, head_dim_vo=64, kv_layout="single")
 
+    def prefill_tile(name: str, changes: dict[str, object], **fields: object) -> None:
+        spec = dataclasses.replace(LLAMA3, **{**PREFILL, **fields})
+        tile = tiles_prefill_sm90.choose(spec, HOPPER, Hints(4, 8, NUM_SMS[HOPPER], 8192))
+        cases.append(other(name, tiles_prefill_sm90.PATH, spec, dataclasses.replace(tile, **changes), HOPPER))
+
+    prefill_tile("V by its own warp, ragged", {"v_warp": True}, kv_layout="ragged", page_size=0)
+    prefill_tile("clusters of 2, paged", {"cluster": 2})
+    prefill_tile("clusters of 2, V by its own warp, ragged", {"cluster": 2, "v_warp": True}, kv_layout="ragged", page_size=0)
+
     def prefill8(name: str, batch: tuple[int, int, int] = (4, 8, 8192), **fields: object) -> None:
         cases.extend(attention(name, tiles_prefill_sm90_fp8, hopper, batch, **{**PREFILL, **ALL_FP8, **fields}))
 
@@ -118,6 +128,16 @@ def all_cases() -> list[Case]:
     prefill8("sinks, window, d64", **GPT_OSS)
     prefill8("soft cap, d256", **GEMMA)
     prefill8("d192/128, ragged", head_dim_qk=192, kv_layout="ragged", group_size=1)
+
+    def prefill_kv8(name: str, batch: tuple[int, int, int] = (4, 8, 8192), **fields: object) -> None:
+        cases.extend(attention(name, tiles_prefill_sm90_kv8, hopper, batch, **{**PREFILL, **FP8, **fields}))
+
+    prefill_kv8("bf16 causal, paged, scales per head", k_scale=True, v_scale=True)
+    prefill_kv8("fp16 full, single, lse", **{**LLAMA2, **FP8}, kv_layout="single", causal=False, lse=True)
+    prefill_kv8("e5m2, ragged, packed, split KV", (1, 8, 16), kv_dtype="float8_e5m2", kv_layout="ragged")
+    prefill_kv8("sinks, window, d64", **GPT_OSS)
+    prefill_kv8("pages of 5, soft cap, d256", **GEMMA, page_size=5)
+    prefill_kv8("fp16 q, bf16 out, d192/128, ragged", q_dtype="float16", head_dim_qk=192, kv_layout="ragged", group_size=1)
 
     def prefill80(name: str, batch: tuple[int, int, int], targets: tuple[Target, ...], **fields: object) -> None:
         cases.extend(attention(name, tiles_prefill_sm80, targets, batch, **{**PREFILL, **fields}))
@@ -170,6 +190,7 @@ EXPECTED: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
         {"wgmma.mma_async": 2, "cp.async.bulk.tensor": 3, "ldmatrix": 2, "stmatrix": 2, "setmaxnreg": 2},
         ("mma.sync", "cp.async"),
     ),
+    "prefill_sm90_kv8": ({"wgmma.mma_async": 2, "cp.async.bulk.tensor": 2, "setmaxnreg": 3}, ("mma.sync", "cp.async", "ldmatrix")),
     "prefill_sm80": ({"mma.sync": 2, "cp.async": 2, "ldmatrix": 2}, HOPPER_ONLY),
     "merge": ({}, (*HOPPER_ONLY, "mma.sync")),
     "paged_kernels": ({}, (*HOPPER_ONLY, "mma.sync")),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cute_infer
+from cute_infer.attention import tiles_prefill_sm90
 from tests.gpu.batches import assert_close, assert_lse_close, paged_batch, queries
 from tests.gpu.kernels import FAMILIES, only, skip_if_refused
 
@@ -126,6 +127,49 @@ def test_ragged_against_reference(case, family, monkeypatch):
     keep = torch.ones(sum(QO), dtype=torch.bool)
     keep[1 : 1 + QO[2]] = False
     assert torch.equal(poisoned[keep], out[keep])
+
+
+@pytest.mark.skipif("sm90" not in FAMILIES, reason="the Hopper kernel's queue")
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("page", [1, 16])
+def test_last_round_of_items_in_halves(page, d, monkeypatch):
+    """152 blocks x heads of 128 rows: on 132 SMs 20 are left over and handed out as halves, some of them without rows.
+
+    Their bits are those of a launch with other left-overs.
+    """
+    only(monkeypatch, "sm90")
+    case, qo_lens, kv_lens = Case(page=page, d=d), [*QO, 200, 513], [*KV, 100, 700]
+    batch = paged_batch(kv_lens, case.kv, d, page, BF16)
+    q = queries(sum(qo_lens), case.qo, d, BF16)
+    out, lse, _ = paged(case, batch, q, qo_lens)
+    ref_out, ref_lse, _ = paged(case, batch, q, qo_lens, backend="reference")
+    assert_close(out, ref_out, BF16)
+    assert_lse_close(lse, ref_lse)
+    wide = Case(qo=16, kv=4, d=d, page=page)  # 304 items: 40 left over for 132 SMs, of other heads
+    again = paged_batch(kv_lens, 4, d, page, BF16)
+    for ours, theirs in zip(again.cache, batch.cache, strict=True):
+        ours[:, :, :2] = theirs
+    wide_out, _, _ = paged(wide, again, torch.cat([q, q], 1), qo_lens)
+    assert torch.equal(wide_out[:, :8], out)
+
+
+@pytest.mark.skipif("sm90" not in FAMILIES, reason="options of the Hopper kernel's tile")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("changes", [{"v_warp": True}, {"cluster": 2}, {"cluster": 2, "v_warp": True}], ids=str)
+def test_load_warps_and_clusters_change_no_bit(changes, causal, monkeypatch):
+    """Who brings K and V into shared memory, and for how many SMs, is not what is computed."""
+    only(monkeypatch, "sm90")
+    choose = tiles_prefill_sm90.choose
+    for case in (Case(causal=causal), Case(causal=causal, page=128), Case(causal=causal, d=256)):
+        batch = paged_batch(KV, case.kv, case.d, case.page, BF16)
+        q = queries(sum(QO), case.qo, case.d, BF16)
+        k, v = (torch.randn(sum(KV), case.kv, case.d, device="cuda").bfloat16() for _ in range(2))
+        expected = [*paged(case, batch, q)[:2], *ragged(case, q, k, v)[:2]]
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles_prefill_sm90, "choose", lambda *args: dataclasses.replace(choose(*args), **changes))
+            for _ in range(3):
+                found = [*paged(case, batch, q)[:2], *ragged(case, q, k, v)[:2]]
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

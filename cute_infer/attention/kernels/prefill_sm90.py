@@ -20,23 +20,24 @@ Pipelines (mbarriers)
     k_full       load        all groups    tile_kv * head_dim_qk*2  K and V arrive separately: S starts one copy earlier
     k_empty      all groups  load          -                        S is complete in registers
     v_full, v_empty          the same for V; v_empty after O += P V
-    work_full    load        all groups    - (6 to 10 words)        the next work item, zero rows = end of the queue
+    work_full    load        all groups    - (6 to 10 words)        the next work item, rows < 0 = end of the queue
     work_empty   all groups  load          -                        the words have been read
     The load warps besides warp 0 wait for work_full and arrive at work_empty like a consumer warp. A gathered stage of K or V is filled by
     64 threads' cp.async instead of TMA.
+
+    With ``tile.cluster`` = 2 a stage of K or V is filled by both CTAs, half each, and waits to be emptied by the groups of both.
 
 Named barriers: 1 + g, 128 threads: group g agrees on its O buffer, and on a V tail it has zeroed. Nothing spans two groups after the start.
 
 Order inside a group: Q K^T of tile n is issued before P V of tile n - 1, so the tensor cores work while the softmax of tile n runs;
 keys go right to left; the tiles a mask cuts (end of keys, diagonal, window) have their own loops, and only they pay for masking. A group
-releases tiles none of its rows see without computing them; so does a group without rows (not in a full single request: see ``passes``).
+releases tiles none of its rows see without computing them; so does a group without rows (see ``passes``).
 
 Shared memory (d = 128): Q 2*32 KiB, O 32 KiB, K and V 2 stages * 32 KiB each = 224 of 227 KiB.
 Compute bound: 4 * head_dim FLOP per (query, visible key); exp2 runs at 16 per clock and SM, half the time of the wgmmas at d = 128.
 Source: Shah et al., FlashAttention-3 (arXiv:2407.08608).
 """
 
-import math
 import typing
 from enum import IntEnum
 from typing import NamedTuple
@@ -49,11 +50,10 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
-from cutlass.utils import LayoutEnum
 
 from ..device.args import CUTE_DTYPES, fake_args
 from ..device.logits import alibi_slope
-from ..device.output import store_columns, store_lse
+from .prefill_sm90_finish import LOG2_E, WARP_GROUP, Output, Place, PrefillFinish
 from .prefill_sm90_layout import GROUP_ROWS, PrefillLayout
 from .prefill_sm90_load import PrefillLoad, Source
 from .prefill_sm90_queue import COLUMNS, WARP, Lengths, PrefillQueue
@@ -64,12 +64,9 @@ from .prefill_sm90_softmax import (
     convert_pairs,
     mask_scores,
     online_softmax,
-    rows_cols,
     scale_rows,
 )
 
-LOG2_E = math.log2(math.e)
-WARP_GROUP = 128
 FAR = 1 << 30  # a window that reaches this far is no window; keeps position arithmetic inside 32 bits
 
 
@@ -128,15 +125,9 @@ class Events(NamedTuple):
     work_empty: object
     work: object  # the words of the next work item
     table: object  # the queue's notes on the requests it is handing out
-
-
-class Place(NamedTuple):
-    """Where one consumer group's 64 rows of a work item belong."""
-
-    q_row: object  # row of q and out of the first
-    num_rows: object  # rows that belong to the request; may be negative or exceed 64
-    head: object
-    split: object
+    mail: object = None  # clusters: the ticket, for the CTA that draws none
+    mail_sent: object = None  # mbarriers: it is there, in that CTA; it has been read, in the one that draws
+    mail_read: object = None
 
 
 class Rows(NamedTuple):
@@ -202,12 +193,17 @@ class PrefillSm90:
         self.halves = self.causal and tile.tile_kv % 32 == 0 and self.groups == 2
         self.half = tile.tile_kv // 2 if self.halves else tile.tile_kv
         self.single = spec.kv_layout == "single"
-        # Whether a group may pass tiles by. In a long full single request only the last block could, and the extra loop keeps ptxas from
-        # proving the main loop warp-uniform: 48 R2UR per key tile, 766 -> 721 TFLOP/s at 16k [H200, 2026-11-22].
-        self.passes = self.causal or spec.window or not self.single or tile.split_kv
-        self.layout = PrefillLayout(spec, tile, self.dtype)
-        self.queue = PrefillQueue(spec, tile)
+        self.cluster = tile.cluster
+        assert self.heads_per_kv % tile.cluster == 0, "a cluster takes heads of one GQA group"
+        self.layout = PrefillLayout(spec, tile, self.dtype, tile.cluster)
+        # Parts of an item pay where one group alone is much faster than in company, which three at head_dim 64 leave little room for.
+        self.queue = PrefillQueue(spec, tile, self.groups if self.groups == 2 else 1, tile.cluster)
+        # Whether a group may pass tiles by. In a full single request in three groups only the last block could, and the extra loop keeps
+        # ptxas from proving the main loop warp-uniform (32 R2UR per key tile); with two groups that cost 766 -> 721 TFLOP/s at 16k
+        # [H200, 2026-11-22] until .maxntid mended it.
+        self.passes = self.causal or spec.window or not self.single or tile.split_kv or self.queue.parts > 1
         self.loads = PrefillLoad(spec, tile, self.dtype, self.layout, self.queue)
+        self.finish = PrefillFinish(spec, tile, self.layout, self.dtype)
         # Whether V may end in stale bytes: a contiguous single K/V ends where TMA clips and fills zeros, a gathered tile where it was told.
         self.stale_tail = not self.single and not self.layout.gather
         self.alibi = spec.pos_encoding == "ALIBI"
@@ -269,14 +265,15 @@ class PrefillSm90:
         q_tma, q_coords = self.layout.row_tma(load, q)
         k_tma, k_coords, v_tma, v_coords = None, None, None, None
         if const_expr(not self.layout.gather):
-            k_tma, k_coords = self.layout.kv_tma(load, k)
-            v_tma, v_coords = self.layout.kv_tma(load, v)
+            load_kv = cpasync.CopyBulkTensorTileG2SMulticastOp() if const_expr(self.cluster > 1) else load
+            k_tma, k_coords = self.layout.kv_tma(load_kv, k)
+            v_tma, v_coords = self.layout.kv_tma(load_kv, v)
         o_tma, o_coords = self.layout.row_tma(store, out)
         batch = 1 if const_expr(self.single) else qo_indptr.shape[0] - 1
-        heads = q.shape[1] // self.pack
+        heads = q.shape[1] // self.pack // self.cluster
         # rows of a request fill all its query blocks but one
         most_items = (q.shape[0] * self.pack // tile.tile_q + batch) * heads * num_splits
-        grid = cutlass.max(1, cutlass.min(most_items, num_ctas))
+        clusters = cutlass.max(1, cutlass.min(most_items * self.queue.parts, num_ctas // self.cluster))
         total_kv = k.shape[1] if const_expr(self.single) else 0
         self.kernel(
             qk(tile.tile_kv),
@@ -296,7 +293,16 @@ class PrefillSm90:
             Memory(out, lse, kv_indices, sinks, k_scale, v_scale, out_partial, lse_partial, status, mask, mask_indptr),
             Lengths(qo_indptr, kv_indptr, kv_last_page_len, q.shape[0], total_kv, heads, num_splits),
             Scales(sm_scale, out_scale, soft_cap, lse_scale, cutlass.min(window_left, FAR), num_splits),
-        ).launch(grid=[grid, 1, 1], block=[tile.num_threads, 1, 1], stream=stream, min_blocks_per_mp=1)
+        ).launch(
+            grid=[clusters * self.cluster, 1, 1],
+            block=[tile.num_threads, 1, 1],
+            cluster=[self.cluster, 1, 1] if self.cluster > 1 else None,
+            # .maxntid in place of .reqntid: told the exact block, ptxas drops the shuffle that makes a warp's group uniform, and with it
+            # the uniform registers of all wgmma descriptors in causal kernels: 48 R2UR per key tile, 558 instead of 516 instructions.
+            max_number_threads=[tile.num_threads, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
 
     def caches(self, k, v):
         layout = self.layout
@@ -355,6 +361,10 @@ class PrefillSm90:
         work_bars = shared.allocate_array(Int64, 2)
         work = shared.allocate_tensor(Int32, cute.make_layout(self.loads.words), byte_alignment=16)
         table = shared.allocate_tensor(Int32, cute.make_layout(COLUMNS * WARP), byte_alignment=16)
+        mail, mail_sent, mail_read = None, None, None
+        if const_expr(self.cluster > 1):
+            mail_sent, mail_read = shared.allocate_array(Int64, 1), shared.allocate_array(Int64, 1)
+            mail = shared.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
         if warp == 0:
             for descriptor in (q_tma, k_tma, v_tma, o_tma):
                 if const_expr(descriptor is not None):
@@ -365,18 +375,26 @@ class PrefillSm90:
                     cute.arch.mbarrier_init(q_empty + i, 4)  # one arrival per warp of the group
                 cute.arch.mbarrier_init(work_bars, 1)
                 cute.arch.mbarrier_init(work_bars + 1, 4 * self.groups + self.loads.followers)
+                if const_expr(self.cluster > 1):
+                    cute.arch.mbarrier_init(mail_sent, 1)
+                    cute.arch.mbarrier_init(mail_read, 1)
         ring = lambda bars, columns: pipeline.PipelineTmaAsync.create(  # noqa: E731
             barrier_storage=bars,
             num_stages=self.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, self.loads.arrivals),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * self.groups),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * self.groups * self.cluster),
+            cta_layout_vmnk=cute.make_layout((1, self.cluster, 1, 1)),
             tx_count=tile.tile_kv * columns * dtype.width // 8,
             defer_sync=True,
         )
         k_ring, v_ring = ring(k_bars, spec.head_dim_qk), ring(v_bars, spec.head_dim_vo)
-        events = Events(k_ring, v_ring, q_full, q_empty, work_bars, work_bars + 1, work, table)
+        events = Events(k_ring, v_ring, q_full, q_empty, work_bars, work_bars + 1, work, table, mail, mail_sent, mail_read)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        if const_expr(self.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
         if group == Role.LOAD:
             cute.arch.setmaxregister_decrease(tile.producer_regs)
@@ -393,6 +411,9 @@ class PrefillSm90:
         else:
             cute.arch.setmaxregister_increase(tile.consumer_regs)
             self.mma(events, memory, scales, qk_first, qk, qk_half_first, qk_half, pv, o_tma, o_coords, s_q, s_k, s_v, s_o)
+        if const_expr(self.cluster > 1):
+            cute.arch.cluster_arrive()  # a CTA must outlive what its peer sends it
+            cute.arch.cluster_wait()
 
     def source(self, ring, tma, coords, shared, tensor, head_stride, columns):
         """K or V for the load warps."""
@@ -445,11 +466,15 @@ class PrefillSm90:
             p=half_p,
             frag_p=as_a_operand(half_p),
         )
+        head_dim = spec.head_dim_vo
+        o_tiles = self.layout.o_view(s_o, self.layout.tiles(GROUP_ROWS, head_dim, self.groups))
+        o_boxes = self.layout.o_view(s_o, self.layout.row_boxes(head_dim, self.groups))
+        output = Output(o_tma, o_coords, o_tiles, o_boxes, self.layout.row_box(head_dim), group)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         q_row, num_rows, first_pos, head, kv_len, split, query, mask_begin = self.next_item(events, Int32(0))
         items = Int32(1)  # taken so far
-        while num_rows > 0:
+        while num_rows >= 0:
             item_first, item_end = self.queue.kv_tiles(first_pos, num_rows, kv_len, split, scales.num_splits, scales.window_left)
             group_pos = first_pos + group * self.group_queries  # position of the group's first query
             pos = group_pos + row // self.pack
@@ -542,11 +567,11 @@ class PrefillSm90:
                     v_state.advance()
                 q_row, num_rows, first_pos, head, kv_len, split, query, mask_begin = self.next_item(events, items)
             items = items + 1
-            self.finish(m, memory, scales, scale_log2, place, row, column)
+            self.finish.normalise(m, memory, scales, (scale_log2, scale_log2), place, row, column, 1)
             if const_expr(tile.split_kv):
-                self.store_partial(m, memory, place, row, column)
+                self.finish.store_partial(m, memory, place, row, column)
             else:
-                self.store(m, memory, o_tma, o_coords, s_o, place, group, thread)
+                self.finish.store(m, memory, output, place, group, thread)
             if const_expr(self.o_in_q):
                 if thread // 32 == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)  # O has left Q's place
@@ -617,7 +642,7 @@ class PrefillSm90:
             scale, scale_log2 = scale_log2, Float32(1.0)
             slopes, key_of_query = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Int32)
             for r in cutlass.range_constexpr(2):
-                _, qo_head = self.row_of(place, row + 8 * r)
+                _, qo_head = self.finish.row_of(place, row + 8 * r)
                 slopes[r] = alibi_slope(qo_head, Int32(memory.out.shape[1])) * Float32(LOG2_E)
                 key_of_query[r] = group_query + (row + 8 * r) // self.pack - column
         if const_expr(self.spec.custom_mask):
@@ -732,88 +757,3 @@ class PrefillSm90:
             cute.autovec_copy(zeros, cute.local_tile(s_v[i // chunks, None, v_state.index], (8,), (i % chunks,)))
         cute.arch.fence_proxy("async.shared", space="cta")  # before wgmma reads what these stores wrote
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARP_GROUP)
-
-    # ------------------------------------------------------------------------------------------------ epilogue
-
-    @cute.jit
-    def finish(self, m, memory, scales, scale_log2: Float32, place, row: Int32, column: Int32):
-        """Divide O by its sum, apply the output scales, write the log-sum-exp."""
-        out_scale = scales.out_scale
-        if const_expr(self.spec.v_scale):
-            out_scale = out_scale * memory.v_scale[place.head // self.heads_per_kv]
-        factor = cute.make_rmem_tensor(2, Float32)
-        for r in cutlass.range_constexpr(2):
-            total = cute.arch.warp_reduction(m.row_sum[r], lambda x, y: x + y, threads_in_group=4)
-            top = m.row_max[r] * scale_log2 if m.row_max[r] != -Float32.inf else -Float32.inf
-            weight = Float32(1.0)
-            q_row, qo_head = self.row_of(place, row + 8 * r)
-            if const_expr(self.spec.sinks):
-                # the sink is one more logit without a value; it may become the new maximum; the first split counts it
-                sink = memory.sinks[qo_head] * Float32(LOG2_E)
-                if const_expr(self.tile.split_kv):
-                    sink = sink if place.split == 0 else -Float32.inf
-                joint = cute.arch.fmax(top, sink)
-                reference = joint if joint != -Float32.inf else Float32(0.0)
-                weight = cute.arch.exp2(top - reference)
-                total = total * weight + cute.arch.exp2(sink - reference)
-                top = reference
-            factor[r] = cute.arch.rcp_approx(total) * weight * out_scale if total != Float32(0.0) else Float32(0.0)
-            if const_expr(self.spec.lse or self.tile.split_kv):
-                if column == 0 and row + 8 * r < place.num_rows:
-                    lse = top + cute.math.log2(total, fastmath=True)
-                    store_lse(memory.lse, memory.lse_partial, lse, q_row, qo_head, place.split, scales.lse_scale)
-        scale_rows(m.acc_o, factor)
-
-    @cute.jit
-    def row_of(self, place, row: Int32):
-        """(row of q and out, query head) of a row of this group."""
-        q_row, qo_head = place.q_row + row, place.head
-        if const_expr(self.pack > 1):
-            q_row, qo_head = place.q_row + row // self.pack, place.head * self.pack + row % self.pack
-        return q_row, qo_head
-
-    @cute.jit
-    def store_partial(self, m, memory, place, row: Int32, column: Int32):
-        """O, normalised, to the partials of this split: fp32, straight from registers."""
-        o = rows_cols(m.acc_o)
-        pair = cute.make_rmem_tensor(2, Float32)
-        for r in cutlass.range_constexpr(2):
-            if row + 8 * r < place.num_rows:
-                q_row, qo_head = self.row_of(place, row + 8 * r)
-                for c in cutlass.range_constexpr(0, cute.size(o, mode=[1]), 2):
-                    pair[0], pair[1] = o[r, c], o[r, c + 1]
-                    store_columns(memory.out, memory.out_partial, pair, q_row, qo_head, place.split, column + 4 * c)
-
-    @cute.jit
-    def store(self, m, memory, o_tma, o_coords, s_o, place, group: Int32, thread: Int32):
-        """O to this group's own buffer and out; the other groups are not involved, and the store runs on under the next work item."""
-        head_dim = self.spec.head_dim_vo
-        o_tile = self.layout.o_view(s_o, self.layout.tiles(GROUP_ROWS, head_dim, self.groups))[None, None, group]
-        if thread // 32 == 0:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)  # this group's previous store has left the buffer
-        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARP_GROUP)
-        to_shared = cute.make_tiled_copy_C(sm90.sm90_get_smem_store_op(LayoutEnum.ROW_MAJOR, self.dtype, Float32), m.pv).get_slice(thread)
-        rounded = cute.make_rmem_tensor_like(m.acc_o, self.dtype)
-        convert_pairs(m.acc_o, rounded)
-        cute.copy(to_shared, to_shared.retile(rounded), to_shared.partition_D(o_tile))
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARP_GROUP)
-        # TMA clips only at the end of the tensor: the last block of a request must not run into the next one
-        if const_expr(self.single):
-            whole = place.num_rows > 0
-        else:
-            whole = place.num_rows >= GROUP_ROWS
-        if whole:
-            if thread // 32 == 0:
-                boxes = self.layout.o_view(s_o, self.layout.row_boxes(head_dim, self.groups))
-                rows = self.layout.rows_from(o_coords, place.q_row)
-                from_s, to_g = self.layout.partition(o_tma, boxes, rows, self.layout.row_box(head_dim))
-                cute.copy(o_tma, from_s[None, group], to_g[None, (0, 0, 0, place.head)])
-                cute.arch.cp_async_bulk_commit_group()
-        elif const_expr(not self.single):
-            chunks = head_dim // 8  # 16-byte chunks of a row
-            for i in cutlass.range(thread, place.num_rows * chunks, WARP_GROUP, unroll=1):
-                chunk = cute.make_rmem_tensor(8, self.dtype)
-                q_row, qo_head = self.row_of(place, i // chunks)
-                cute.autovec_copy(cute.local_tile(o_tile[i // chunks, None], (8,), (i % chunks,)), chunk)
-                cute.autovec_copy(chunk, cute.local_tile(memory.out[Int64(q_row), qo_head, None], (8,), (i % chunks,)))

@@ -42,8 +42,9 @@ def block_columns(head_dim: int) -> int:
 class PrefillLayout:
     """Static geometry of one (spec, tile)."""
 
-    def __init__(self, spec, tile, dtype):
+    def __init__(self, spec, tile, dtype, cluster=1):
         self.dtype = dtype
+        self.cluster = cluster
         self.stages = tile.num_stages
         self.groups = tile.num_consumer_groups
         self.head_dim_qk, self.head_dim_vo = spec.head_dim_qk, spec.head_dim_vo
@@ -57,6 +58,9 @@ class PrefillLayout:
         self.boxes = 1 if self.gather else tile.tile_kv // self.box_tokens  # along the tokens of a tile; several: one page each
         self.tiles_per_page = page // self.box_tokens
         assert self.boxes <= 32  # a lane holds the page of a box
+        if cluster > 1:  # a CTA loads every other page of a tile, or half its column blocks
+            assert not self.gather
+            assert self.boxes % cluster == 0 or all(d // block_columns(d) % cluster == 0 for d in (spec.head_dim_qk, spec.head_dim_vo))
 
     # ------------------------------------------------------------------------------------------------ shared memory
 
@@ -75,12 +79,13 @@ class PrefillLayout:
         return cute.tile_to_shape(self._atom(columns), (GROUP_ROWS, width, columns // width, buffers), (0, 1, 2, 3))
 
     def kv_boxes(self, columns):
-        """TMA's view of K or V: (token, column, block, stage), or (token of group, column, block, group, box, stage) where a tile spans
-        pages."""
+        """TMA's view of K or V: (token, column, block, share, stage), or (token of group, column, block, group, box, stage) where a tile
+        spans pages. A share is what one CTA of the cluster loads."""
         width = block_columns(columns)
         blocks = columns // width
         if self.boxes == 1:
-            return cute.tile_to_shape(self._atom(columns), (self.box_tokens, width, blocks, self.stages), (0, 1, 2, 3))
+            shape = (self.box_tokens, width, blocks // self.cluster, self.cluster, self.stages)
+            return cute.tile_to_shape(self._atom(columns), shape, (0, 1, 2, 3, 4))
         shape = (ROW_GROUP, width, blocks, self.box_tokens // ROW_GROUP, self.boxes, self.stages)
         return cute.tile_to_shape(self._atom(columns), shape, (0, 1, 2, 3, 4, 5))
 
@@ -109,7 +114,9 @@ class PrefillLayout:
         """Box of K and V."""
         width = block_columns(columns)
         blocks = columns // width
-        return (self.box_tokens, width, blocks) if self.boxes == 1 else (ROW_GROUP, width, blocks, self.box_tokens // ROW_GROUP)
+        if self.boxes == 1:
+            return (self.box_tokens, width, blocks // self.cluster)
+        return (ROW_GROUP, width, blocks, self.box_tokens // ROW_GROUP)
 
     def row_tma(self, op, t):
         """(atom, coordinates) of Q or O, [rows, heads, d] seen as (row, column, block, head)."""

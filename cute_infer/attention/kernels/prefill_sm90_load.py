@@ -3,6 +3,7 @@
 Who loads what depends on where K and V lie:
 
     contiguous        warp 0: items, Q, K, V                                     boxes of a whole tile, one warp issues them in time
+                      or warp 0: items, Q, K       warp 1: V                     where the tile says so (v_warp)
     pages, TMA        warp 0: items, Q, K       warp 1: V                        a box per page: issuing them takes time
     pages, gathered   warps 0, 2: K (warp 0 also items, Q)     warps 1, 3: V     16-byte copies by address: see ``gather``
 
@@ -14,6 +15,10 @@ Gathered tiles. A warp copies half the rows of a tile: 8 lanes share a row, 16 b
 4 rows. A lane works out the addresses of one or two rows and its neighbours get them by shuffles: issue slots are what limits the gather.
 Rows past the end of the keys are filled with zeros, so stale bytes never reach shared memory. Each thread's copies arrive at the mbarrier
 of the stage by themselves; the consumers then order them before wgmma by a proxy fence.
+
+Clusters. Two CTAs work on two heads of a GQA group, so they walk the same tiles. Each loads half of every tile and TMA writes it to both; a
+stage is full when both halves are there, and empty when the consumers of both CTAs have released it. The first CTA draws the tickets and
+stores each in the other's shared memory (``events.mail``).
 """
 
 from typing import NamedTuple
@@ -21,7 +26,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Boolean, Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Int16, Int32, Int64, Uint32, const_expr
 
 from ..device.mma import copy_async_16
 from .prefill_sm90_layout import GROUP_ROWS, ROW_GROUP, block_columns
@@ -65,7 +70,8 @@ class PrefillLoad:
         self.paged = spec.kv_layout == "paged"
         self.gathers = layout.gather
         self.warps = 2 if self.gathers else 1  # that share K, and as many for V
-        self.followers = 2 * self.warps - 1 if self.paged else 0  # load warps besides warp 0
+        self.cluster = tile.cluster
+        self.followers = 2 * self.warps - 1 if self.paged or tile.v_warp else 0  # load warps besides warp 0
         self.words = 10 if self.followers or queue.numbered else 6  # of an announced work item
         self.arrivals = WARP * self.warps if self.gathers else 1  # that fill a stage
         self.share = tile.tile_kv // self.warps  # rows of a gathered tile that one warp copies
@@ -81,18 +87,22 @@ class PrefillLoad:
         lane = cute.arch.lane_idx()
         cta, _, _ = cute.arch.block_idx()
         num_ctas, _, _ = cute.arch.grid_dim()
+        if const_expr(self.cluster > 1):
+            cta, num_ctas = cta // self.cluster, num_ctas // self.cluster  # clusters from here on
         t_q = cute.make_tensor(s_q.iterator, self.layout.row_boxes(spec.head_dim_qk, self.layout.q_tiles).outer)
 
+        lengths = lengths._replace(num_ctas=num_ctas)
         requests_per_section, heads_per_section = self.queue.section_sizes(lengths)
         cursor = self.queue.start(lengths, events.table, requests_per_section)
         cursor, item = self.queue.find(lengths, events.table, cursor, Int32(cta), requests_per_section, heads_per_section)
+        item = self.own_head(item)
         ids, first, end = cute.make_rmem_tensor(self.ids_per_lane, Int32), Int32(0), Int32(0)
         if const_expr(self.paged):
             first, end = self.begin(ids, memory, item, scales)
         self.publish(events, memory, item, Int32(0))
         items = Int32(1)  # published so far
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-        while item.num_rows > 0:
+        while item.num_rows >= 0:
             if const_expr(not self.paged):
                 first, end = self.span(item, scales)
             kv_head = item.head // self.heads_per_kv
@@ -109,29 +119,54 @@ class PrefillLoad:
                 request = Request(item.kv_begin, item.num_pages, item.kv_len)
                 state = self.walk(k, memory, request, kv_head, first, end, state, ids, Int32(0), reachable)
             else:
-                from_k, from_v = self.contiguous(k.coords, item.kv_begin), self.contiguous(v.coords, item.kv_begin)
-                for i in cutlass.range(end - first, unroll=1):
-                    kv_tile = end - 1 - i  # right to left: masked tiles first
-                    k.ring.producer_acquire(state)
-                    self.load_tile(k, from_k, state, kv_tile, kv_head, Int32(0))
-                    v.ring.producer_acquire(state)
-                    self.load_tile(v, from_v, state, kv_tile, kv_head, Int32(0))
-                    state.advance()
+                sources = (k,) if const_expr(self.followers > 0) else (k, v)
+                state = self.walk_contiguous(sources, item.kv_begin, kv_head, first, end, state)
             # Drawn after the last load: the ring still holds unread tiles, which hides the latency, and a later draw balances better.
-            ticket = Int32(0)
-            if lane == 0:
-                ticket = cute.arch.atomic_add(memory.status.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
-            ticket = cute.arch.shuffle_sync(ticket, 0) + num_ctas
+            ticket = self.draw(events, memory, items) + num_ctas
             cursor, item = self.queue.find(lengths, events.table, cursor, ticket, requests_per_section, heads_per_section)
+            item = self.own_head(item)
             if const_expr(self.paged):
                 first, end = self.begin(ids, memory, item, scales)
             self.publish(events, memory, item, items)
             items = items + 1
-        if lane == 0:
+        if (lane == 0) & (self.rank() == 0):
             # Every CTA drew its last ticket before this count: the last one resets both words for the next launch.
             if cute.arch.atomic_add(memory.status.iterator + 2, Int32(1), sem="acq_rel", scope="gpu") == num_ctas - 1:
                 memory.status[1] = 0
                 memory.status[2] = 0
+
+    def rank(self):
+        """Which CTA of its cluster this is."""
+        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) if self.cluster > 1 else Int32(0)
+
+    def own_head(self, item):
+        """The CTA's own item where the queue hands out pairs of heads."""
+        return item._replace(head=item.head * self.cluster + self.rank()) if self.cluster > 1 else item
+
+    @cute.jit
+    def draw(self, events, memory, items: Int32):
+        """The next number of the counter, the ``items``-th for this CTA; CTAs of a cluster get the same."""
+        ticket = Int32(0)
+        if const_expr(self.cluster == 1):
+            if cute.arch.lane_idx() == 0:
+                ticket = cute.arch.atomic_add(memory.status.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
+            ticket = cute.arch.shuffle_sync(ticket, 0)
+        elif self.rank() == 0:
+            if cute.arch.lane_idx() == 0:
+                ticket = cute.arch.atomic_add(memory.status.iterator + 1, Int32(1), sem="relaxed", scope="gpu")
+            ticket = cute.arch.shuffle_sync(ticket, 0)
+            cute.arch.mbarrier_wait(events.mail_read, items & 1)  # the phase before the first is complete
+            if cute.arch.lane_idx() == 0:
+                _store_to_peer(events.mail.iterator.toint(), ticket, events.mail_sent.toint())
+        else:
+            if cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(events.mail_sent, 4)
+            cute.arch.mbarrier_wait(events.mail_sent, (items & 1) ^ 1)
+            ticket = cute.arch.make_warp_uniform(events.mail[0])
+            cute.arch.sync_warp()
+            if cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_arrive(events.mail_read, 0)
+        return ticket
 
     @cute.jit
     def follow(self, events, memory, scales, source, rank: Int32, reachable: Int32):
@@ -139,18 +174,21 @@ class PrefillLoad:
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         ids = cute.make_rmem_tensor(self.ids_per_lane, Int32)
         items = Int32(0)
-        num_rows = Int32(1)
-        while num_rows > 0:
+        num_rows = Int32(0)
+        while num_rows >= 0:
             cute.arch.mbarrier_wait(events.work_full, items & 1)
             work = events.work
             num_rows, first_pos, head, kv_len, split = work[1], work[2], work[3], work[4], work[5]
             request = Request(work[6], work[7], kv_len)
             self.taken(events)
             items = items + 1
-            if num_rows > 0:
+            if num_rows >= 0:
                 first, end = self.queue.kv_tiles(first_pos, num_rows, kv_len, split, scales.num_splits, scales.window_left)
-                self.fetch_ids(ids, memory, request, end - 1, first, rank)
-                state = self.walk(source, memory, request, head // self.heads_per_kv, first, end, state, ids, rank, reachable)
+                if const_expr(self.paged):
+                    self.fetch_ids(ids, memory, request, end - 1, first, rank)
+                    state = self.walk(source, memory, request, head // self.heads_per_kv, first, end, state, ids, rank, reachable)
+                else:
+                    state = self.walk_contiguous((source,), request.kv_begin, head // self.heads_per_kv, first, end, state)
 
     @cute.jit
     def begin(self, ids, memory, item, scales):
@@ -186,6 +224,17 @@ class PrefillLoad:
                 ids[j] = next_ids[j]
         return state
 
+    @cute.jit
+    def walk_contiguous(self, sources, kv_begin: Int32, kv_head: Int32, first: Int32, end: Int32, state):
+        """The tiles [first, end) of those of K and V that this warp loads, right to left: masked tiles first; the state after them."""
+        coords = [self.contiguous(source.coords, kv_begin) for source in sources]
+        for i in cutlass.range(end - first, unroll=1):
+            for s in cutlass.range_constexpr(len(sources)):
+                sources[s].ring.producer_acquire(state)
+                self.load_tile(sources[s], coords[s], state, end - 1 - i, kv_head, Int32(0))
+            state.advance()
+        return state
+
     # ------------------------------------------------------------------------------------------------ work items
 
     @cute.jit
@@ -193,7 +242,7 @@ class PrefillLoad:
         """Hand a work item to the consumer groups and the following load warps; ``items`` were handed over before."""
         mask_begin = Int32(0)
         if const_expr(self.spec.custom_mask):
-            if item.num_rows > 0:
+            if item.num_rows >= 0:
                 mask_begin = memory.mask_indptr[item.request]
         cute.arch.mbarrier_wait(events.work_empty, (items & 1) ^ 1)
         if cute.arch.lane_idx() == 0:
@@ -273,22 +322,27 @@ class PrefillLoad:
 
     @cute.jit
     def load_tile(self, source, coords, state, kv_tile: Int32, kv_head: Int32, page_ids: Int32):
-        """K or V of one key tile by TMA: one box, or a box per page."""
+        """K or V of one key tile by TMA: one box, or a box per page; in a cluster this CTA's share of it, for all."""
         layout, stage, barrier = self.layout, state.index, source.ring.producer_get_barrier(state)
+        target, rank = {"tma_bar_ptr": barrier}, Int32(0)
+        if const_expr(self.cluster > 1):
+            target["mcast_mask"], rank = Int16((1 << self.cluster) - 1), self.rank()
         columns = cute.size(source.boxes, mode=[1]) * cute.size(source.boxes, mode=[2])
+        if const_expr(layout.boxes == 1):
+            columns = columns * self.cluster
         to_s, from_g = layout.partition(source.tma, source.boxes, coords, layout.kv_box(columns))
         if const_expr(layout.boxes == 1):
             box, page = kv_tile, Int32(0)
             if const_expr(self.paged):
                 box, page = kv_tile % layout.tiles_per_page, cute.arch.shuffle_sync(page_ids, 0)
-            cute.copy(source.tma, from_g[None, (box, 0, 0, kv_head, page)], to_s[None, stage], tma_bar_ptr=barrier)
+            cute.copy(source.tma, from_g[None, (box, 0, rank, kv_head, page)], to_s[None, rank, stage], **target)
         else:
             column, block = layout.head_start(kv_head, source.head_stride, columns)
             at_head = cute.domain_offset((0, column, block, 0, 0), coords)
             to_s, from_g = layout.partition(source.tma, source.boxes, at_head, layout.kv_box(columns))
-            for j in cutlass.range_constexpr(layout.boxes):
-                page = cute.arch.shuffle_sync(page_ids, j)
-                cute.copy(source.tma, from_g[None, (0, 0, 0, 0, page)], to_s[None, j, stage], tma_bar_ptr=barrier)
+            for j in cutlass.range_constexpr(0, layout.boxes, self.cluster):
+                page = cute.arch.shuffle_sync(page_ids, j + rank)
+                cute.copy(source.tma, from_g[None, (0, 0, 0, 0, page)], to_s[None, j + rank, stage], **target)
 
     @cute.jit
     def token_of(self, kv_tile: Int32, rank: Int32, j: cutlass.Constexpr):
@@ -342,6 +396,16 @@ class PrefillLoad:
     def swizzled(self, offset, row_bytes):
         """Byte offset in a block, swizzled as TMA and wgmma have it: 16-byte chunks within ``row_bytes`` trade places by row."""
         return Uint32(offset ^ ((offset >> 3) & (row_bytes - 16)))
+
+
+@cute.jit
+def _store_to_peer(address: Uint32, value: Int32, barrier: Uint32):
+    """A word to the same shared-memory address of CTA 1 of the cluster, counted by the barrier at the same address there."""
+    cute.arch.inline_ptx(
+        "{ .reg .u32 a, b; mapa.shared::cluster.u32 a, {$r0}, 1; mapa.shared::cluster.u32 b, {$r1}, 1; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [a], {$r2}, [b]; }",
+        read_only_args=[address, barrier, value],
+    )
 
 
 @cute.jit

@@ -11,9 +11,14 @@ Tickets are drawn in order from an atomic counter. What ticket t means:
    and their KV splits innermost: under a causal mask the block index is the cost, and the queue must run dry on cheap items. With many
    blocks the cheap
    quarter of all head sections comes last.
+4. *Shared ends.* Without a causal mask all items of a batch of equal lengths cost the same, and the last round of them may occupy few CTAs.
+   Where it occupies so few that every consumer group of it could have a CTA of its own, each is handed out in ``parts``: 64 rows in one
+   group, whose tensor cores no other group shares. A group computes the same bits with or without neighbours.
 
 One warp computes this. The section's lengths are read once into shared memory: a ticket then costs no global load, which matters because
 the ring covers about two key tiles of time. A single request needs arithmetic only.
+
+Where clusters of two CTAs take two heads of a GQA group at a time, the pair counts as one head here.
 """
 
 from typing import NamedTuple
@@ -37,15 +42,17 @@ class Lengths(NamedTuple):
     kv_last_page_len: object
     total_q: object  # rows of q
     total_kv: object  # tokens of k (single)
-    num_heads: object  # query heads; KV heads where groups are packed
+    num_heads: object  # query heads; KV heads where groups are packed; pairs where a cluster takes two
     num_splits: object  # items per query block and head
+    num_ctas: object = None  # or clusters, that draw tickets; wanted where items may be handed out in parts
 
 
 class WorkItem(NamedTuple):
-    """One query block of one head (and KV split). ``num_rows == 0`` marks the end of the queue."""
+    """One query block of one head (and KV split), or one consumer group's part of it. ``num_rows < 0`` marks the end of the queue; a part
+    past the end of its request has none."""
 
     q_row: object  # first row of q and out
-    num_rows: object  # rows that belong to the request, from the first of the item on; may exceed the tile
+    num_rows: object  # rows that belong to the request, from the first of the item on; may exceed the tile, not a part
     first_pos: object  # position of row 0 among the keys: kv_len - qo_len + query; negative when queries outnumber keys
     head: object  # as counted by Lengths.num_heads
     split: object
@@ -65,17 +72,19 @@ class Cursor(NamedTuple):
     ticket_end: object
     num_blocks: object  # query blocks per head in the section
     top: object  # blocks of its longest request
+    whole: object  # tickets before the first part
 
 
 class PrefillQueue:
     """Device functions of the queue; every lane of the calling warp gets the same answer."""
 
-    def __init__(self, spec, tile):
+    def __init__(self, spec, tile, parts=1, cluster=1):
         self.tile_q, self.tile_kv = tile.tile_q, tile.tile_kv
         self.split_kv, self.window = tile.split_kv, spec.window
         self.pack = spec.group_size if tile.pack_heads else 1  # rows per query
-        self.heads_per_kv = spec.group_size // self.pack
+        self.heads_per_kv = spec.group_size // self.pack // cluster  # as Lengths.num_heads counts them
         self.causal = spec.causal and not spec.custom_mask
+        self.parts = 1 if self.causal or tile.split_kv else parts  # of an item: under a causal mask the last ones are cheap anyway
         self.numbered = spec.custom_mask or spec.pos_encoding == "ALIBI"  # items say which request and query they are
         self.page_size = spec.page_size
         self.single = spec.kv_layout == "single"
@@ -122,7 +131,8 @@ class PrefillQueue:
         """Cursor on the first request section."""
         if const_expr(self.single):
             blocks = cute.ceil_div(lengths.total_q * self.pack, self.tile_q)
-            cursor = Cursor(Int32(0), Int32(1), Int32(0), blocks * lengths.num_heads * lengths.num_splits, blocks, blocks)
+            whole, ticket_end = self.share_end(lengths, Int32(0), blocks * lengths.num_heads * lengths.num_splits)
+            cursor = Cursor(Int32(0), Int32(1), Int32(0), ticket_end, blocks, blocks, whole)
         else:
             cursor = self.enter_section(lengths, table, Int32(0), Int32(0), requests_per_section)
         return cursor
@@ -142,7 +152,22 @@ class PrefillQueue:
         num_blocks = cute.arch.warp_redux_sync(blocks, "add")
         top = cute.arch.warp_redux_sync(blocks, "max")
         ticket_end = ticket + num_blocks * lengths.num_heads * lengths.num_splits if request < batch else Int32(NEVER)
-        return Cursor(request, request_end, ticket, ticket_end, num_blocks, top)
+        whole = ticket_end
+        if const_expr(self.parts > 1):
+            if request < batch and request_end == batch:
+                whole, ticket_end = self.share_end(lengths, ticket, ticket_end)
+        return Cursor(request, request_end, ticket, ticket_end, num_blocks, top, whole)
+
+    @cute.jit
+    def share_end(self, lengths, first: Int32, end: Int32):
+        """(tickets of whole items, of all) of the last section, where its items are the tickets [first, end)."""
+        whole = end
+        if const_expr(self.parts > 1):
+            last_round = cutlass.min(end % lengths.num_ctas, end - first)
+            if last_round * self.parts <= lengths.num_ctas:
+                whole = end - last_round
+                end = whole + last_round * self.parts
+        return whole, end
 
     # ------------------------------------------------------------------------------------------------ tickets
 
@@ -156,8 +181,14 @@ class PrefillQueue:
                 cursor = self.enter_section(lengths, table, cursor.request_end, cursor.ticket_end, requests_per_section)
             past_end = cursor.request >= lengths.qo_indptr.shape[0] - 1
         zero = Int32(0)
-        item = WorkItem(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+        item = WorkItem(zero, Int32(-1), zero, zero, zero, zero, zero, zero, zero, zero)
         if not past_end:
+            part = Int32(0)
+            if const_expr(self.parts > 1):
+                of_parts = ticket - cursor.whole
+                if of_parts >= 0:
+                    ticket = cursor.whole + of_parts // self.parts
+                    part = of_parts % self.parts + 1
             splits = lengths.num_splits
             place, unit = self.divide(ticket - cursor.ticket, cursor.num_blocks, lengths.num_heads * splits, heads_per_section * splits)
             head = unit // splits
@@ -171,6 +202,9 @@ class PrefillQueue:
             else:
                 member, level = self.seek(table, cursor, place)
                 item = self.describe(table, cursor, member, level, head, split)
+            if const_expr(self.parts > 1):
+                if part > 0:
+                    item = self.part(item, part - 1)
         return cursor, item
 
     @cute.jit
@@ -221,6 +255,15 @@ class PrefillQueue:
         kv_begin, kv_len, num_pages = table[2 * WARP + member], table[3 * WARP + member], table[4 * WARP + member]
         numbers = (query, cursor.request + member) if const_expr(self.numbered) else (Int32(0), Int32(0))
         return WorkItem(table[WARP + member] + query, left, kv_len - left // self.pack, head, split, kv_len, kv_begin, num_pages, *numbers)
+
+    @cute.jit
+    def part(self, item, part: Int32):
+        """64 rows of a work item."""
+        rows = self.tile_q // self.parts
+        queries = part * (rows // self.pack)
+        num_rows = cutlass.max(0, cutlass.min(rows, item.num_rows - part * rows))
+        query = item.query + queries if const_expr(self.numbered) else item.query
+        return item._replace(q_row=item.q_row + queries, num_rows=num_rows, first_pos=item.first_pos + queries, query=query)
 
     # ------------------------------------------------------------------------------------------------ what an item reads
 

@@ -15,6 +15,7 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Uint32, const_expr
 RESCALE_THRESHOLD = 8.0
 # Independent chains per row reduction: only two consumer warps share a scheduler, one chain would wait for its own latency.
 CHAINS = 2
+BITS = 32
 
 
 def rows_cols(acc: cute.Tensor) -> cute.Tensor:
@@ -72,16 +73,30 @@ def mask_scores(
     further.
     """
     s = rows_cols(acc_s)
+    columns = cute.size(s, mode=[1])
     for r in cutlass.range_constexpr(2):
         end = key_end
         if const_expr(causal):
             end = cutlass.min(key_end, diagonal + gap * r)
-        for c in cutlass.range_constexpr(cute.size(s, mode=[1])):
-            column = 8 * (c // 2) + c % 2
+        # A bit per score: ptxas moves seven of them into predicates at once, where every comparison is an instruction.
+        for word in cutlass.range_constexpr(0, columns, BITS):
+            seen = ~_bits_from(_columns_before(end) - word)
             if const_expr(window):
-                s[r, c] = s[r, c] if oldest + gap * r <= column and column < end else -Float32.inf
-            else:
-                s[r, c] = s[r, c] if column < end else -Float32.inf
+                seen = seen & _bits_from(_columns_before(oldest + gap * r) - word)
+            for c in cutlass.range_constexpr(word, min(word + BITS, columns)):
+                s[r, c] = s[r, c] if (seen & Uint32(1 << (c - word))) != Uint32(0) else -Float32.inf
+
+
+@cute.jit
+def _columns_before(limit: Int32) -> Int32:
+    """How many of a thread's columns 0, 1, 8, 9, 16, ... lie before ``limit``; not positive if none does."""
+    return (limit >> 3) * 2 + cutlass.min(limit & 7, 2)
+
+
+@cute.jit
+def _bits_from(first: Int32) -> Uint32:
+    """A word with the bits from ``first`` on: all where it is negative, none past the word (shl.b32 clamps)."""
+    return cute.arch.inline_ptx("shl.b32 {$w0}, -1, {$r0};", write_only_types=[Uint32], read_only_args=[cutlass.max(first, 0)])
 
 
 @cute.jit
