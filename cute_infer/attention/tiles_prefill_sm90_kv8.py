@@ -37,8 +37,8 @@ class PrefillSm90Kv8Tile:
     num_stages: int = 2
     tile_q: int = 128
     num_consumer_groups: int = 2
-    lead_regs: int = 24
-    convert_regs: int = 72
+    lead_regs: int = 32
+    convert_regs: int = 64
     consumer_regs: int = 208
     pack_heads: bool = False
     split_kv: bool = False
@@ -66,12 +66,15 @@ class PrefillSm90Kv8Tile:
         return 2 * (q + o + kv) + BARRIER_BYTES
 
 
-# (head_dim_qk, head_dim_vo): tile_kv, loads in flight, Q buffers, reason
+# Registers of (lead, convert): with the groups' 2 * 208 they are 512 = 65,536 / 128. Ten loads in flight want more than eight.
+_EIGHT_LOADS, _TEN_LOADS = (32, 64), (24, 72)
+
+# (head_dim_qk, head_dim_vo): tile_kv, loads in flight, Q buffers, registers, reason
 _TABLE = {
-    (64, 64): (128, 8, 2, "Q 32 + O 16 + K/V 64 = 112 KiB; a whole tile of K and V in flight"),
-    (128, 128): (128, 8, 2, "Q 64 + O 32 + K/V 128 = 224 KiB; K or V of a tile in flight"),
-    (192, 128): (128, 10, 1, "Q+O 48 + K/V 160 = 208 KiB; half of 12 loads of K and 8 of V"),
-    (256, 256): (64, 8, 1, "Q+O 64 + K/V 128 = 192 KiB; K or V of a tile in flight"),
+    (64, 64): (128, 8, 2, _EIGHT_LOADS, "Q 32 + O 16 + K/V 64 = 112 KiB; a whole tile of K and V in flight"),
+    (128, 128): (128, 8, 2, _EIGHT_LOADS, "Q 64 + O 32 + K/V 128 = 224 KiB; K or V of a tile in flight"),
+    (192, 128): (128, 10, 1, _TEN_LOADS, "Q+O 48 + K/V 160 = 208 KiB; half of 12 loads of K and 8 of V"),
+    (256, 256): (64, 8, 1, _EIGHT_LOADS, "Q+O 64 + K/V 128 = 192 KiB; K or V of a tile in flight"),
 }
 
 
@@ -105,9 +108,9 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
 
 def choose(spec: AttentionSpec, target: Target, hints: Hints) -> PrefillSm90Kv8Tile:
     """The tile for ``spec``; call only where :func:`why_not` returned None."""
-    tile_kv, depth, num_q_buffers, _ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
+    tile_kv, depth, num_q_buffers, (lead_regs, convert_regs), _ = _TABLE[spec.head_dim_qk, spec.head_dim_vo]
     pack = 64 % spec.group_size == 0 and spec.group_size > 1 and hints.total_q < PACK_BELOW * hints.batch_size
-    tile = PrefillSm90Kv8Tile(tile_kv, depth, num_q_buffers, pack_heads=pack)
+    tile = PrefillSm90Kv8Tile(tile_kv, depth, num_q_buffers, lead_regs=lead_regs, convert_regs=convert_regs, pack_heads=pack)
     if 2 * _items(tile, spec, hints) <= hints.num_sms:
         tile = dataclasses.replace(tile, split_kv=True)
     assert tile.shared_bytes(spec.head_dim_qk, spec.head_dim_vo) <= MAX_SHARED_BYTES, tile

@@ -143,7 +143,7 @@ def test_last_round_of_items_in_halves(page, d, monkeypatch):
     q = queries(sum(qo_lens), case.qo, d, BF16)
     out, lse, _ = paged(case, batch, q, qo_lens)
     ref_out, ref_lse, _ = paged(case, batch, q, qo_lens, backend="reference")
-    assert_close(out, ref_out, BF16)
+    assert_close(out, ref_out, dtype=BF16)
     assert_lse_close(lse, ref_lse)
     wide = Case(qo=16, kv=4, d=d, page=page)  # 304 items: 40 left over for 132 SMs, of other heads
     again = paged_batch(kv_lens, 4, d, page, BF16)

@@ -10,7 +10,7 @@ Warp roles (128 * (2 + num_consumer_groups) threads)
     warp group 1           convert  K and V, by address and 16 bytes a thread, to fp16 in shared memory; bf16 Q to fp16
                                     (prefill_sm90_kv8_widen.py)
     warp groups 2..        mma      64 query rows each; S = Q K^T and O += P V by wgmma, softmax in registers, O leaves by TMA
-    Registers after setmaxnreg: (24, 72, 208, 208), together 512 = 65,536 / 128.
+    Registers after setmaxnreg: (32, 64, 208, 208), or (24, 72, 208, 208); together 512 = 65,536 / 128.
 
 Pipelines (mbarriers)
     name         filled by   waited by        arrivals to release       why
@@ -57,6 +57,7 @@ from .prefill_sm90_softmax import as_a_operand, convert_pairs, mask_scores, scal
 WIDE = Float16  # Q, K, P and V of the products
 PV_COLUMNS = 128  # of one wgmma: with 256 its 128 accumulators alone exceed what 512 threads are compiled for
 STEPS_AT_ONCE = 8  # wgmma of Q K^T whose descriptors come from one place: see ``issue_qk``
+TINY = 2.0**-126  # the smallest normal number
 FAR = 1 << 30  # a window that reaches this far is no window; keeps position arithmetic inside 32 bits
 
 
@@ -581,6 +582,7 @@ class PrefillSm90Kv8:
             logit_scale = logit_scale * memory.k_scale[head // self.heads_per_kv]
         if const_expr(self.widen.narrow):
             logit_scale = logit_scale * events.factors[q_row]
+            logit_scale = Float32(TINY) if logit_scale == Float32(0.0) else logit_scale  # 0 times a masked score, -inf, is NaN
         scale_log2, pre_scale = logit_scale * Float32(LOG2_E), Float32(1.0)
         if const_expr(self.spec.soft_cap):
             scale_log2, pre_scale = scales.soft_cap * Float32(LOG2_E), logit_scale / scales.soft_cap
