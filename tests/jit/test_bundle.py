@@ -51,7 +51,7 @@ def test_without_the_compiler(bundle, run):
         """,
         CUTE_INFER_BUNDLE=str(bundle),
     )
-    assert out.split() == ["bundle", "sm_80", "True"] * 2 + ["bundle", "sm_90a", "True"] * 2 + ["CompileError"]
+    assert out.split() == ["bundle", "sm_80", "True"] * 2 + ["bundle", "sm_90a", "True"] * 2 + ["MissingKernelError"]
 
 
 def test_first_bundle_that_has_it(bundle, tmp_path, setenv):
